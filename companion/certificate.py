@@ -1,0 +1,266 @@
+"""The record of what was checked before a theorem was applied, and how it prints.
+
+A `Certificate` lists the assumptions of one theorem, each with the number that was found, the number that is needed
+and a status that says how far the comparison can be trusted:
+
+- ``assumed``: cannot be checked from the data; said openly.
+- ``measured``: compared in ordinary floating point.
+- ``certified``: floating point with every rounding error bounded, a theorem about the stored floats.
+- ``exact``: rational, modular or integer arithmetic, a proof.
+
+`Claims` is the table that closes every lesson: prediction beside measurement, and an error if a claim fails.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+STATUSES = ("assumed", "measured", "certified", "exact")
+_RELATIONS: dict[str, Callable[[Any, Any], bool]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "=": operator.eq,
+    "is": operator.eq,
+}
+_SYMBOLS = {"<=": "≤", ">=": "≥"}
+
+
+def plain(value: Any) -> Any:
+    """Turn tensors, numpy scalars and containers into what JSON can hold (NaN and infinities become strings)."""
+    if isinstance(value, torch.Tensor | np.ndarray):
+        value = value.tolist()
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value)
+
+
+def show(value: Any, digits: int = 3) -> str:
+    """Print a number with `digits` significant digits, and everything else as it is.
+
+    Few digits survive a change of processor: the lessons' stored outputs are compared as text.
+    """
+    value = plain(value)
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value}"
+    if isinstance(value, float):
+        return "0" if value == 0 else f"{value:.{digits}g}"
+    if isinstance(value, list):
+        shown = [show(v, digits) for v in value[:8]]
+        return "(" + ", ".join(shown + ["…"] * (len(value) > 8)) + ")"
+    return str(value)
+
+
+@dataclass(frozen=True)
+class Assumption:
+    """One line of a certificate: what was found, what is needed, and how far the comparison can be trusted.
+
+    Args:
+        name: what is compared, in the theorem's letters.
+        measured: the number found (None for an assumption that has no number).
+        relation: one of ``< <= > >= = is``.
+        required: the number needed.
+        status: one of `STATUSES`.
+        holds: whether the assumption holds.
+    """
+
+    name: str
+    measured: Any
+    relation: str
+    required: Any
+    status: str
+    holds: bool
+
+    def __post_init__(self) -> None:
+        if self.status not in STATUSES:
+            raise ValueError(f"status is {self.status!r}; one of {', '.join(STATUSES)} is needed")
+        if self.relation not in _RELATIONS:
+            raise ValueError(f"relation is {self.relation!r}; one of {' '.join(_RELATIONS)} is needed")
+
+
+def compare(name: str, measured: Any, relation: str, required: Any, status: str = "measured") -> Assumption:
+    """Build an `Assumption` whose `holds` is the comparison itself; NaN never holds."""
+    holds = relation in _RELATIONS and bool(_RELATIONS[relation](measured, required))
+    return Assumption(name, measured, relation, required, status, holds)
+
+
+def assumed(name: str) -> Assumption:
+    """Build an `Assumption` that no data can check; it is listed as `assumed` and counts as holding."""
+    return Assumption(name, None, "is", None, "assumed", True)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was checked about one theorem on one network and data set, and what the theorem then predicts.
+
+    ``holds=False`` means *not shown*, never *false*, and comes with a `reason`.
+
+    Args:
+        theorem: the theorem's name.
+        holds: whether every assumption was shown.
+        assumptions: the lines of the table.
+        quantities: what the theorem predicts (rates, steps, radii), by name.
+        reason: a short machine-readable reason, empty when the certificate holds, then optionally ``: detail``.
+        members: for an ensemble, one certificate for each network; empty for a single network.
+    """
+
+    theorem: str
+    holds: bool
+    assumptions: tuple[Assumption, ...]
+    quantities: dict[str, Any] = field(default_factory=dict)
+    reason: str = ""
+    members: tuple[Certificate, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.holds and not all(a.holds for a in self.assumptions):
+            raise ValueError("holds is True although an assumption does not hold")
+        if not self.holds and not self.reason:
+            raise ValueError("reason is empty; a certificate that does not hold needs a reason")
+
+    def __bool__(self) -> bool:
+        return self.holds
+
+    @property
+    def status(self) -> str:
+        """The weakest status among the assumptions that could be checked (``assumed`` lines are listed, not ranked)."""
+        ranks = [STATUSES.index(a.status) for a in self.assumptions if a.status != "assumed"]
+        return STATUSES[min(ranks)] if ranks else "assumed"
+
+    def verdict(self) -> str:
+        """One sentence: whether the theorem applies, and how far that statement can be trusted."""
+        count = f" ({sum(m.holds for m in self.members)} of {len(self.members)} networks)" if self.members else ""
+        if not self.holds:
+            return f"not shown{count}: {self.reason}"
+        words = {"measured": "holds in floating point", "certified": "certified", "exact": "exact"}
+        return words.get(self.status, "holds if the assumptions do") + count
+
+    def to_dict(self) -> dict[str, Any]:
+        """The certificate as a dictionary that JSON can hold."""
+        return plain(asdict(self)) | {"status": self.status}
+
+    def to_json(self, **options: Any) -> str:
+        """The certificate as JSON; `options` go to `json.dumps`."""
+        return json.dumps(self.to_dict(), ensure_ascii=False, **options)
+
+    def _rows(self) -> list[tuple[str, str, str, str, str]]:
+        rows = []
+        for a in self.assumptions:
+            nothing = a.measured is None and a.required is None
+            relation = "" if nothing else f"{_SYMBOLS.get(a.relation, a.relation)} {show(a.required)}"
+            mark = "assumed" if a.status == "assumed" else ("yes" if a.holds else "NOT SHOWN")
+            rows.append((a.name, "" if nothing else show(a.measured), relation, a.status, mark))
+        return rows
+
+    def __str__(self) -> str:
+        rows = [("assumption", "found", "needed", "status", "holds"), *self._rows()]
+        widths = [max(len(r[c]) for r in rows) for c in range(5)]
+        lines = [f"{self.theorem}: {self.verdict()}"]
+        lines += ["  " + "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
+        lines += [f"  {name} = {show(value)}" for name, value in self.quantities.items()]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        head = _row(("assumption", "found", "needed", "status", "holds"), "th")
+        body = "".join(_row(r, "td") for r in self._rows())
+        rest = ", ".join(f"{html.escape(n)} = {html.escape(show(v))}" for n, v in self.quantities.items())
+        return (
+            f'<table class="certificate"><caption><b>{html.escape(self.theorem)}</b>: {html.escape(self.verdict())}'
+            f"</caption><thead>{head}</thead><tbody>{body}</tbody></table>"
+            + (f'<p class="certificate-quantities">{rest}</p>' if rest else "")
+        )
+
+
+def _row(cells: tuple[str, ...], tag: str) -> str:
+    scope = ' scope="col"' if tag == "th" else ""
+    return "<tr>" + "".join(f"<{tag}{scope}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
+
+
+class ClaimFailed(AssertionError):
+    """A claim of a lesson did not come out."""
+
+
+class Claims:
+    """The claims table of a lesson: prediction beside measurement, slack and status; a failing claim raises.
+
+    Args:
+        lesson: the lesson's file name without its suffix, e.g. ``"01-width-bounds"``.
+    """
+
+    MIME = "application/vnd.wide-enough.claims+json"
+
+    def __init__(self, lesson: str) -> None:
+        self.lesson = lesson
+        self.rows: list[dict[str, str]] = []
+
+    def check(
+        self, claim: str, measured: Any, relation: str, predicted: Any, status: str = "measured", digits: int = 2
+    ) -> None:
+        """Compare a measurement with its prediction, and keep the row.
+
+        Args:
+            claim: one sentence, what is claimed.
+            measured: the number found.
+            relation: one of ``< <= > >= = is``.
+            predicted: the number that the theory gives.
+            status: one of `STATUSES`.
+            digits: significant digits in print.
+
+        Raises:
+            ClaimFailed: the comparison is false.
+        """
+        a = compare(claim, plain(measured), relation, plain(predicted), status)
+        if not a.holds:
+            raise ClaimFailed(f"{claim}: found {measured!r}, needed {relation} {predicted!r}")
+        self.rows.append(
+            {
+                "claim": claim,
+                "predicted": f"{_SYMBOLS.get(relation, relation)} {show(predicted, digits)}",
+                "measured": show(measured, digits),
+                "slack": _slack(a.measured, relation, a.required),
+                "status": status,
+            }
+        )
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
+        columns = ("claim", "predicted", "measured", "slack", "status")
+        head = _row(columns, "th")
+        body = "".join(_row(tuple(r[c] for c in columns), "td") for r in self.rows)
+        table = f'<table class="claims"><thead>{head}</thead><tbody>{body}</tbody></table>'
+        return {
+            "text/html": table,
+            "text/plain": "\n".join(" | ".join(r[c] for c in columns) for r in self.rows),
+            self.MIME: {"lesson": self.lesson, "rows": self.rows},
+        }
+
+
+def _slack(measured: Any, relation: str, predicted: Any) -> str:
+    """How many times the measurement could grow (or shrink) before the claim fails."""
+    if isinstance(measured, bool) or relation in ("=", "is"):
+        return "–"
+    if not all(isinstance(v, int | float) and v > 0 for v in (measured, predicted)):
+        return "–"
+    return f"×{show(predicted / measured if relation[0] == '<' else measured / predicted, 2)}"
