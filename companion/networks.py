@@ -27,6 +27,7 @@ class Activation:
         second: ``z -> sigma''(z)``, where a lesson needs it.
         pull: ``(D, h) -> D * sigma'(z)`` with ``h = sigma(z)``, in place on ``D``; None if ``sigma'`` is no function of
             ``sigma``. With it the trainer keeps one array for each layer instead of two.
+        value_: ``z -> sigma(z)`` in place on ``z``, where torch has it, so that nothing is allocated.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Activation:
     derivative: Callable[[Tensor], Tensor]
     second: Callable[[Tensor], Tensor] | None = None
     pull: Callable[[Tensor, Tensor], Tensor] | None = None
+    value_: Callable[[Tensor], Tensor] | None = None
 
 
 def _softplus(z: Tensor) -> Tensor:
@@ -51,38 +53,42 @@ def _sigmoid_second(z: Tensor) -> Tensor:
     return h * (1 - h) * (1 - 2 * h)
 
 
+def _step(z: Tensor) -> Tensor:
+    return (z > 0).to(z.dtype)
+
+
+def _sigmoid_derivative(z: Tensor) -> Tensor:
+    return torch.sigmoid(z) * torch.sigmoid(-z)  # 1 - sigmoid(z) would cancel for large z
+
+
+def _relu_pull(D: Tensor, h: Tensor) -> Tensor:
+    # One pass, nothing allocated: D where h > 0, else 0.
+    return torch.ops.aten.threshold_backward.grad_input(D, h, 0, grad_input=D)
+
+
+def _tanh_pull(D: Tensor, h: Tensor) -> Tensor:
+    return D.mul_(1 - h.square())
+
+
+def _softplus_pull(D: Tensor, h: Tensor) -> Tensor:
+    return D.mul_(torch.expm1(-h).neg_())
+
+
+def _sigmoid_pull(D: Tensor, h: Tensor) -> Tensor:
+    return D.mul_(h).mul_(1 - h)
+
+
 ACTIVATIONS: dict[str, Activation] = {
     a.name: a
     for a in (
-        Activation(
-            "relu",
-            torch.relu,
-            lambda z: (z > 0).to(z.dtype),
-            torch.zeros_like,
-            # One pass, nothing allocated: D where h > 0, else 0.
-            lambda D, h: torch.ops.aten.threshold_backward.grad_input(D, h, 0, grad_input=D),
-        ),
-        Activation("step", lambda z: (z > 0).to(z.dtype), torch.zeros_like, torch.zeros_like, lambda D, h: D.zero_()),
-        Activation(
-            "tanh", torch.tanh, lambda z: 1 - torch.tanh(z) ** 2, _tanh_second, lambda D, h: D.mul_(1 - h.square())
-        ),
-        Activation(
-            "softplus",
-            _softplus,
-            torch.sigmoid,
-            lambda z: torch.sigmoid(z) * torch.sigmoid(-z),
-            lambda D, h: D.mul_(torch.expm1(-h).neg_()),
-        ),
-        Activation(
-            "sigmoid",
-            torch.sigmoid,
-            lambda z: torch.sigmoid(z) * torch.sigmoid(-z),
-            _sigmoid_second,
-            lambda D, h: D.mul_(h).mul_(1 - h),
-        ),
-        Activation("sin", torch.sin, torch.cos, lambda z: -torch.sin(z)),
-        Activation("exp", torch.exp, torch.exp, torch.exp, lambda D, h: D.mul_(h)),
-        Activation("identity", torch.clone, torch.ones_like, torch.zeros_like, lambda D, h: D),
+        Activation("relu", torch.relu, _step, torch.zeros_like, _relu_pull, torch.relu_),
+        Activation("step", _step, torch.zeros_like, torch.zeros_like, lambda D, h: D.zero_()),
+        Activation("tanh", torch.tanh, lambda z: 1 - torch.tanh(z) ** 2, _tanh_second, _tanh_pull, torch.tanh_),
+        Activation("softplus", _softplus, torch.sigmoid, _sigmoid_derivative, _softplus_pull),
+        Activation("sigmoid", torch.sigmoid, _sigmoid_derivative, _sigmoid_second, _sigmoid_pull, torch.sigmoid_),
+        Activation("sin", torch.sin, torch.cos, lambda z: -torch.sin(z), None, torch.sin_),
+        Activation("exp", torch.exp, torch.exp, torch.exp, lambda D, h: D.mul_(h), torch.exp_),
+        Activation("identity", torch.clone, torch.ones_like, torch.zeros_like, lambda D, h: D, lambda z: z),
     )
 }
 
