@@ -38,10 +38,8 @@ _SYMBOLS = {"<=": "≤", ">=": "≥"}
 
 def plain(value: Any) -> Any:
     """Turn tensors, numpy scalars and containers into what JSON can hold (NaN and infinities become strings)."""
-    if isinstance(value, torch.Tensor | np.ndarray):
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
         value = value.tolist()
-    if isinstance(value, np.generic):
-        value = value.item()
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -232,7 +230,7 @@ class Claims:
         Raises:
             ClaimFailed: the comparison is false.
         """
-        a = compare(claim, plain(measured), relation, plain(predicted), status)
+        a = compare(claim, _comparable(measured), relation, _comparable(predicted), status)
         if not a.holds:
             raise ClaimFailed(f"{claim}: found {measured!r}, needed {relation} {predicted!r}")
         self.rows.append(
@@ -255,6 +253,13 @@ class Claims:
             "text/plain": "\n".join(" | ".join(r[c] for c in columns) for r in self.rows),
             self.MIME: {"lesson": self.lesson, "rows": self.rows},
         }
+
+
+def _comparable(value: Any) -> Any:
+    """Like `plain`, but NaN and infinities stay numbers."""
+    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
+        value = value.tolist()
+    return value if isinstance(value, float) else plain(value)
 
 
 def _slack(measured: Any, relation: str, predicted: Any) -> str:

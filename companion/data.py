@@ -122,8 +122,8 @@ def degeneracies(X: Float[Tensor, "N d"]) -> Degeneracies:
             small, large = (torch.linalg.vector_norm(U[i] - s * U[j], dim=1) for s in (sign, -sign))
             hit = 2 * torch.atan2(small, large) <= tol
             pairs[sign] += zip(keep[i[hit]].tolist(), keep[j[hit]].tolist(), strict=True)
-    # One row for each line: a row parallel to an earlier one lies on a line already counted.
-    repeated = {j for _, j in pairs[1]}
+    # One row for each line: a row parallel or antipodal to an earlier one lies on a line already counted.
+    repeated = {j for _, j in pairs[1] + pairs[-1]}
     lines = sorted({i for i, _ in pairs[-1]} - repeated)
     dependent = False
     if lines:
