@@ -77,18 +77,22 @@ def full_size(device: str, quick: bool) -> dict:
     n, beta, steps = (8192, 3.0, 200) if quick else (2**17, 8.0, 100_000)
     X, Y = digits.X.to(device), digits.Y.to(device)
     weights = networks.init_mlp(
-        (64, n, 10), scheme="gaussian", beta=beta, zero_last=True, generator=torch.Generator().manual_seed(8), device=device
+        (64, n, 10),
+        scheme="gaussian",
+        beta=beta,
+        zero_last=True,
+        generator=torch.Generator().manual_seed(8),
+        device=device,
     )
     cert, certify_seconds = seconds(device, lambda: wb.certify(X, Y, weights, epsilon=0.4))
     result = {"N": len(X), "n": n, "beta": beta, "certificate": cert.to_dict(), "certify_seconds": certify_seconds}
     if not cert.holds:
         return result
     step = cert.quantities["max_step"]
+    checkpoint = None if quick else RESULTS.with_suffix(".checkpoint")
     run, train_seconds = seconds(
         device,
-        lambda: descent.train(
-            weights, X, Y, step, steps, every=steps // 100, progress=True, checkpoint=RESULTS.with_suffix(".checkpoint")
-        ),
+        lambda: descent.train(weights, X, Y, step, steps, every=steps // 100, progress=True, checkpoint=checkpoint),
     )
     envelope = wb.envelope(cert, step, run.steps.cpu())
     residual = run.residual[:, 0].double().cpu()

@@ -297,7 +297,7 @@ def _digest(value: Any) -> str:
     for v in value if isinstance(value, list) and value and isinstance(value[0], Tensor) else [value]:
         if isinstance(v, Tensor):
             sha.update(f"{v.dtype} {tuple(v.shape)} {v.device.type}".encode())
-            sha.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            sha.update(v.detach().cpu().numpy().tobytes())
         else:
             sha.update(json.dumps(v, sort_keys=True).encode())
     return sha.hexdigest()
