@@ -124,7 +124,7 @@ def _checked(A: Tensor, name: str = "A") -> Tensor:
         )
     if A.ndim != 2 or A.numel() == 0:
         raise ValueError(f"{name} has shape {tuple(A.shape)}; a matrix (n, m) with n, m >= 1 is needed")
-    if not float(torch.tensor(2.0**-1022, dtype=torch.float64) * 0.5):
+    if not float(torch.tensor(2.0**-1022, dtype=torch.float64, device="cpu") * 0.5):
         raise RuntimeError("denormal numbers are flushed to zero; rigorous bounds need torch.set_flush_denormal(False)")
     A = A.detach().cpu()
     if not all(math.isfinite(end) for end in A.aminmax()):
@@ -196,7 +196,7 @@ def product_radius(A: Float[Tensor, "n k"], B: Float[Tensor, "k m"]) -> Float[Te
     """
     A, B = _check_product(A, B)
     abs_B = B.abs()
-    out = torch.empty(len(A), B.shape[1], dtype=torch.float64)
+    out = A.new_empty(len(A), B.shape[1])
     for rows in _row_panels(A, B.shape[1]):
         out[rows] = _radius(A[rows], abs_B)
     return out
@@ -227,7 +227,7 @@ def product_error(A: Float[Tensor, "n k"], B: Float[Tensor, "k m"]) -> float:
         if not math.isfinite(_largest(radius)):
             return math.inf
         norms.append(frobenius_norm_upper(radius))
-    return frobenius_norm_upper(torch.tensor([norms], dtype=torch.float64)) if math.isfinite(max(norms)) else math.inf
+    return frobenius_norm_upper(A.new_tensor([norms])) if math.isfinite(max(norms)) else math.inf
 
 
 def _frobenius(S: Tensor) -> float:
@@ -264,7 +264,7 @@ def frobenius_norm_upper(A: Float[Tensor, "n m"]) -> float:
 def _gram(S: Tensor) -> Tensor:
     """``fl(S S^T)``, exactly symmetric: the lower half is computed, in column panels, and mirrored."""
     n = len(S)
-    G = torch.empty(n, n, dtype=torch.float64)
+    G = S.new_empty(n, n)
     for j in range(0, n, _BLOCK):
         k = min(j + _BLOCK, n)
         panel = S[j:] @ S[j:k].T
@@ -283,9 +283,9 @@ def _absolute_gram_norm(M: Tensor) -> float:
     underflow takes from ``(P x)_i / x_i`` below ``_DUST``.
     """
     n, m = M.shape
-    x, best = torch.ones(n, dtype=torch.float64), math.inf
+    x, best = M.new_ones(n), math.inf
     for _ in range(3):
-        z = torch.zeros(m, dtype=torch.float64)
+        z = M.new_zeros(m)
         for rows in _row_panels(M):
             z += M[rows].abs().T @ x[rows]
         y = torch.cat([M[rows].abs() @ z for rows in _row_panels(M)])
@@ -303,10 +303,11 @@ def _largest_ritz(apply: Callable[[Tensor], Tensor], n: int, steps: int, block: 
     Block Krylov with full orthogonalization; no bound rests on it, a poor guess only loosens one.
     """
     if n <= 128:
-        V = torch.eye(n, dtype=torch.float64)
+        V = torch.eye(n, dtype=torch.float64, device="cpu")
         AV = apply(V)
     else:
-        start = torch.randn(n, block, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator("cpu").manual_seed(0)
+        start = torch.randn(n, block, dtype=torch.float64, device="cpu", generator=generator)
         V = torch.linalg.qr(start)[0]
         AV = W = apply(V)
         for _ in range(steps - 1):
@@ -436,8 +437,8 @@ def _inverse_bound(S: Tensor) -> float:
     del Q, T
     if not math.isfinite(_largest(Rt)) or not Rt.any():
         return 0.0
-    ones = torch.ones(len(S), dtype=torch.float64)
-    down, abs_R_ones = torch.zeros_like(ones), torch.zeros(m, dtype=torch.float64)
+    ones = S.new_ones(len(S))
+    down, abs_R_ones = torch.zeros_like(ones), S.new_zeros(m)
     ones_abs_S, across = torch.zeros_like(abs_R_ones), []
     for rows in _row_panels(S, len(S)):
         residual = S[rows] @ Rt.T

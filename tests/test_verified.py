@@ -309,6 +309,63 @@ def test_input_is_left_alone():
     assert verified.sigma_min_lower(A.T.detach().clone().T) == pytest.approx(verified.sigma_min_lower(A), rel=1e-6)
 
 
+# --- The guesses may be anything --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factor", [1e-3, 0.9, 1 - 1e-9, 1 + 1e-9, 1.1, 1e3])
+def test_a_wrong_ritz_value_proves_nothing_false(monkeypatch, factor):
+    honest = verified._largest_ritz
+
+    def wrong(*arguments, **options):
+        theta, error = honest(*arguments, **options)
+        return factor * theta, error
+
+    A = [conditioned(5, 8, 10.0**k, k) for k in range(9)]
+    monkeypatch.setattr(verified, "_largest_ritz", wrong)
+    bounds = [assert_below(B)[1] for B in A]
+    assert (max(bounds) > 0) is (factor > 0.5)  # else c is too large for any factor to exist
+    assert all(norm_below(B, verified.spectral_norm_upper(B)) for B in A)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-12, 1e-6, 1e-3, 1.0])
+def test_a_wrong_factor_proves_nothing_false(monkeypatch, size):
+    A = [conditioned(5, 8, 10.0**k, k) for k in range(6)]
+    cholesky, solve = torch.linalg.cholesky_ex, torch.linalg.solve_triangular
+
+    def noise(L):
+        return L * (1 + size * gaussian(*L.shape, 11))
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda M: (noise(cholesky(M)[0]), torch.tensor(0)))
+    monkeypatch.setattr(torch.linalg, "solve_triangular", lambda *a, **k: noise(solve(*a, **k)))
+    bounds = [assert_below(B) for B in A]
+    assert all(norm_below(B, verified.spectral_norm_upper(B)) for B in A)
+    assert size == 1 or min(bounds[0]) > 0
+
+
+@pytest.mark.parametrize("n", [100, 300])
+def test_the_error_terms_are_what_stops_a_false_proof(monkeypatch, n):
+    """A duplicated row does not stop the floating Cholesky factorization from succeeding."""
+    A, lies = torch.relu(gaussian(n, n + n // 10, n)), []
+    cholesky = torch.linalg.cholesky_ex
+    for row in range(3, 13):
+        A[n // 2] = A[row]
+        assert all(verified.sigma_min_lower(A, method=method) == 0 for method in METHODS)
+        with monkeypatch.context() as trusting:
+            trusting.setattr(verified, "_absolute_gram_norm", lambda M: 0.0)
+            trusting.setattr(verified, "_cholesky_error", lambda M: math.inf if cholesky(M)[1] else 0.0)
+            lies.append(verified.sigma_min_lower(A, method="shift") > 0)
+    assert any(lies)
+
+
+def test_default_device_does_not_matter():
+    A, B = gaussian(140, 200, 2), gaussian(200, 3, 3)
+    here = verified.sigma_min_lower(A), verified.spectral_norm_upper(A), verified.product_error(A, B)
+    with torch.device("meta"):
+        there = verified.sigma_min_lower(A), verified.spectral_norm_upper(A), verified.product_error(A, B)
+        assert verified.sigma_min_lower(A, method="inverse") > 0
+    assert here == there
+
+
 # --- Norms and products -----------------------------------------------------------------------------------------------
 
 entries = st.one_of(
