@@ -450,6 +450,14 @@ def test_norms_are_close_to_floats(shape):
     assert error == pytest.approx(verified.product_radius(A, B).norm().item(), rel=1e-6)
 
 
+def test_frobenius_covers_squares_that_are_lost():
+    A = torch.full((1, 4096), 2.0**-27, dtype=torch.float64)
+    A[0, 0] = 1.0  # whatever is added to the partial sum that holds the 1 is lost: each square is a quarter ulp of it
+    assert Fraction(float(A[0] @ A[0])) < frobenius_square(A)
+    assert Fraction(verified.frobenius_norm_upper(A)) ** 2 > frobenius_square(A)
+    assert verified.frobenius_norm_upper(A) < 1 + 1e-11
+
+
 def test_overflow_is_infinity():
     A = torch.full((2, 2), sys.float_info.max, dtype=torch.float64)
     assert verified.frobenius_norm_upper(A) == math.inf
