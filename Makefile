@@ -75,7 +75,7 @@ unit: $(STAMP)
 
 check-lessons: $(STAMP)
 	$(BIN)/python book/_tools/notebooks.py check $(ONLY)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -p no:cacheprovider --nbval --nbval-current-env --nbval-cell-timeout=300 \
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -p no:cacheprovider --nbval --nbval-current-env --nbval-cell-timeout=300 --nbval-sanitize-with=tests/nbval_sanitize.cfg \
 	  $(if $(ONLY),lessons/$(ONLY).ipynb,lessons)
 
 lint: $(STAMP)
