@@ -354,7 +354,7 @@ KILLED = """
 
     def train(**options):
         observe = {"W": lambda state: state.weights[1]}
-        return descent.train(weights, X, Y, 1e-3, 6000, every=50, chunk=2, observe=observe, **options)
+        return descent.train(weights, X, Y, 1e-3, 3000, every=50, chunk=2, observe=observe, **options)
 
     kills = 0
     while True:
