@@ -261,7 +261,7 @@ def _candidates(X: Tensor, sigma: Activation, generator: torch.Generator) -> Ten
     draw = torch.randn(D, 2 * N + 60, generator=generator, dtype=torch.float64).to(X)
     scales = torch.tensor([0.5, 1.0, 2.0, 5.0, 10.0, 30.0]).to(X).repeat(draw.shape[1] // 6 + 1)[: draw.shape[1]]
     pool = [draw * scales / size]
-    constant = ((X == X[0]).all(0) & (X[0] != 0)).nonzero()[:, 0].tolist()
+    constant = ((X[0] == X).all(0) & (X[0] != 0)).nonzero()[:, 0].tolist()
     others = [d for d in range(D) if d not in constant[:1]]
     if constant and others:
         bias = constant[0]

@@ -159,7 +159,7 @@ def pointwise(f: Tensor, y: Tensor, loss: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def dual_function(
-    e: Float[Tensor, "*S N"], X: Float[Tensor, "*S N D"], act: str | Activation, W: Float[Tensor, "*S D m"]
+    e: Float[Tensor, "*a N"], X: Float[Tensor, "*b N D"], act: str | Activation, W: Float[Tensor, "*c D m"]
 ) -> tuple[Float[Tensor, "S m"], Float[Tensor, "S m D"], Float[Tensor, "S m D D"]]:
     """``g_e(w) = sum_n e_n sigma(w . x_n)`` with gradient and Hessian in w, at the m columns of W.
 
