@@ -313,9 +313,11 @@ def touching_points(
         pick = better[:, None, None]
         e, W = torch.where(pick[..., 0], e_new, e), torch.where(pick, W_new, W)
         F, J = torch.where(pick[..., 0], F_new, F), torch.where(pick, J_new, J)
-    H = torch.nn.functional.normalize(sigma.value(X @ W), dim=1)
+    H = sigma.value(X @ W)
+    # a neuron that has faded away (sin at w = 0) satisfies everything in the limit
+    bounded = (W.abs().amax((1, 2)) * size < 10 + 10 * spread) & (H.square().sum(1).amin(1) > 1e-8)
+    H = torch.nn.functional.normalize(H, dim=1)
     residual = F.norm(dim=1)
-    bounded = W.abs().amax((1, 2)) * size < 10 + 10 * spread  # farther out is a solution at infinity
     independent = torch.linalg.svdvals(H)[:, -1] > 1e-3 if m <= N else torch.zeros_like(bounded)
     _, _, hess = dual_function(e, X, act, W)
     Z = X @ W
