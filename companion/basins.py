@@ -186,7 +186,7 @@ def plant_bad_minimum(
     """Theorem N: if ``g_e = 0``, ``grad g_e = 0``, ``s_j Hess g_e > 0``, put ``sign v_j = s_j``, ``y = H v - tau e``.
 
     The point is then a strict minimum with ``L = tau^2 ||e||^2 / 2``.  One neuron w' beats it as soon as ``|v|`` is
-    small enough and ``g_e(w') != 0``; |v| is halved until that happens.
+    small enough and ``g_e(w') != 0``; ``|v|`` is halved until that happens.
 
     Args:
         W: the touching points, shape (D, m).
