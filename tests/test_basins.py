@@ -502,6 +502,19 @@ def test_the_two_linear_systems_give_the_same_step():
     torch.testing.assert_close(shallow._curvature(at, point), d.curvature)
 
 
+@pytest.mark.parametrize("act", ["tanh", "sin", "relu", "exp"])
+def test_flat_descent_takes_the_same_steps_as_the_closed_form_gradients(act):
+    weights, X, _ = problem(7, 5, 2, 4)
+    Y = normal(7, 5, 1, seed=8)
+    slow = [W.clone() for W in weights]
+    for _ in range(6):
+        _, grads = networks.gradients(slow, X, Y, act)
+        slow = [W - 0.01 * g for W, g in zip(slow, grads, strict=True)]
+    kept = [W.clone() for W in weights]
+    torch.testing.assert_close(shallow.descend(weights, X, Y, act, 0.01, 6, chunk=3), slow, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(weights, kept, rtol=0, atol=0)
+
+
 def test_shared_and_own_data_train_alike():
     (W, V), X, Y = problem(6, 5, 1, 3, bias=True)
     shared = basins.train_lm_newton([W, V], X, Y, "sin", iters=60)
@@ -666,6 +679,7 @@ def test_kinks_and_jumps_have_no_hessian_certificate(act, method):
     [
         (lambda w, X, Y: basins.loss_derivatives(w, X, Y, "tanh", loss="hinge"), ValueError, "loss is 'hinge'"),
         (lambda w, X, Y: basins.train_lm_newton(w, X, Y, "tanh", iters=0), ValueError, "iters"),
+        (lambda w, X, Y: shallow.descend(w, X, Y, "tanh", -0.1, 5), ValueError, "a positive step"),
         (lambda w, X, Y: basins.no_basin(0, 1, "tanh"), ValueError, "at least one sample"),
         (lambda w, X, Y: basins.no_basin(4, 1, "tanh", "hinge"), ValueError, "loss is 'hinge'"),
         (lambda w, X, Y: basins.no_basin(5, 1, "tanh", X=X), ValueError, "one row a sample"),
