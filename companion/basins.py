@@ -517,8 +517,8 @@ class Endpoints:
 
 def classify_endpoints(
     trained: Trained,
-    X: Float[Tensor, "*S N D"],
-    Y: Float[Tensor, "*S N 1"],
+    X: Float[Tensor, "*x N D"],
+    Y: Float[Tensor, "*y N 1"],
     act: str | Activation,
     *,
     starts: int,

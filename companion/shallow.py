@@ -105,8 +105,8 @@ class Derivatives(NamedTuple):
 
 def loss_derivatives(
     weights: Sequence[Tensor],
-    X: Float[Tensor, "*S N D"],
-    Y: Float[Tensor, "*S N 1"],
+    X: Float[Tensor, "*x N D"],
+    Y: Float[Tensor, "*y N 1"],
     act: str | Activation,
     *,
     loss: str = "square",
@@ -253,8 +253,8 @@ class _Problem(NamedTuple):
 
 def train_lm_newton(
     weights: Sequence[Tensor],
-    X: Float[Tensor, "*S N D"],
-    Y: Float[Tensor, "*S N 1"],
+    X: Float[Tensor, "*x N D"],
+    Y: Float[Tensor, "*y N 1"],
     act: str | Activation,
     *,
     iters: int = 250,
@@ -310,7 +310,7 @@ def train_lm_newton(
 def descend(
     weights: Sequence[Tensor],
     X: Float[Tensor, "N D"],
-    Y: Float[Tensor, "*S N 1"],
+    Y: Float[Tensor, "*y N 1"],
     act: str | Activation,
     step: float,
     steps: int,

@@ -508,7 +508,7 @@ def test_flat_descent_takes_the_same_steps_as_the_closed_form_gradients(act):
     Y = normal(7, 5, 1, seed=8)
     slow = [W.clone() for W in weights]
     for _ in range(6):
-        _, grads = networks.gradients(slow, X, Y, act)
+        _, grads = networks.gradients(slow, X.expand(7, 5, 2), Y, act)
         slow = [W - 0.01 * g for W, g in zip(slow, grads, strict=True)]
     kept = [W.clone() for W in weights]
     torch.testing.assert_close(shallow.descend(weights, X, Y, act, 0.01, 6, chunk=3), slow, rtol=1e-10, atol=1e-12)
@@ -749,3 +749,13 @@ def test_roads_refuse_too_few_points():
     road = roads.descent_road([normal(2, 4), normal(4, 1)], X, normal(3, 1), "tanh")
     with pytest.raises(ValueError, match="n is 0"):
         roads.road_losses(road, 0)
+
+
+def test_shared_inputs_with_own_targets_are_accepted_everywhere():
+    weights, X, _ = problem(4, 5, 2, 3)
+    Y = normal(4, 5, 1, seed=8)
+    trained = basins.train_lm_newton(weights, X, Y, "tanh", iters=5)
+    ends = basins.classify_endpoints(trained, X, Y, "tanh", starts=2)
+    alone = basins.loss_derivatives([W[3] for W in trained.weights], X, Y[3], "tanh")
+    torch.testing.assert_close(basins.loss_derivatives(trained.weights, X, Y, "tanh").hessian[3], alone.hessian[0])
+    assert ends.label.shape == (4,)
