@@ -61,6 +61,12 @@ class Spectra:
         """The spectra of one network of a batch."""
         return Spectra(self.w[s], self.phi[s], self.alpha_0[s], self.R_0[s], self.X_F[s])
 
+    @staticmethod
+    def cat(parts: Sequence[Spectra]) -> Spectra:
+        """Join batches of networks of one depth, which may have different data, along the first batch axis."""
+        names = ("w", "phi", "alpha_0", "R_0", "X_F")
+        return Spectra(*(torch.cat([getattr(p, name) for p in parts]) for name in names))
+
 
 def spectra(X: Float[Tensor, "N d"], Y: Float[Tensor, "N K"], weights: Sequence[Tensor]) -> Spectra:
     """``w_l = ||W_l||_2``, ``phi_l = ||F_l||_2``, ``alpha_0 = sigma_N(F_{L-1})``, ``R_0`` in ordinary floating point.
@@ -96,9 +102,10 @@ def _largest_singular_value(A: Tensor) -> Tensor:
 class Ball(NamedTuple):
     """The quantities of Theorem C at radii C; leading axes are batched.
 
-    ``C`` and ``T`` have shape (..., L): the radii and the bounds ``T(C)`` that they must exceed.  ``d = d_{L-1}`` bounds
-    the movement of the last features, ``phi = phi_{L-1}`` their norm, ``alpha`` their smallest singular value; ``B``
-    is the interference of the hidden layers and ``rho`` the rate.  ``feasible`` says ``alpha, rho > 0`` and ``T <= C``.
+    ``C`` and ``T`` have shape (..., L): the radii and the bounds ``T(C)`` that they must exceed.  ``d = d_{L-1}``
+    bounds the movement of the last features, ``phi = phi_{L-1}`` their norm, ``alpha`` their smallest singular value;
+    ``B`` is the interference of the hidden layers and ``rho`` the rate.  ``feasible`` says ``alpha, rho > 0`` and
+    ``T <= C``.
     """
 
     C: Tensor
@@ -224,11 +231,12 @@ def certify(
         A `Certificate`.  ``quantities`` holds ``alpha``, ``rho``, ``max_step``, ``radii``, ``R_0``, ``alpha_0``,
         ``d``, ``B``, ``phi``, ``epsilon``, ``rounds``; on failure the largest admissible ``R_0``, and for ``W_L = 0``
         the factor ``beta`` of ``W_{L-1}`` that would do.  ``holds=False`` means "not shown", never "does not converge".
-        An ensemble of S networks gives the first network that is not shown (or the slowest), and all in ``members``.
+        An ensemble of S networks gives the first network that is not shown, or else the one with the smallest
+        ``alpha_0``, and all of them in ``members``.
 
     Raises:
         TypeError: an argument is not a tensor, or not float64.
-        ValueError: NaN, infinity, wrong shape, an empty list of weights, an unknown level, epsilon or step outside range.
+        ValueError: NaN, infinity, wrong shape, an empty list of weights, unknown level, epsilon or step out of range.
 
     Source: Theorem C, derived in lesson 1.
     """
@@ -261,7 +269,7 @@ def _gather(members: list[Certificate]) -> Certificate:
     if len(members) == 1:
         return members[0]
     failing = [m for m in members if not m.holds]
-    worst = failing[0] if failing else min(members, key=lambda m: m.quantities["rho"] * m.quantities["max_step"])
+    worst = failing[0] if failing else min(members, key=lambda m: m.quantities["alpha_0"])
     return replace(worst, members=tuple(members))
 
 
@@ -357,7 +365,7 @@ def _reason(
     quantities["largest_R_0"] = largest_residual(s, epsilon=epsilon)
     hint = f"residual_too_large: R₀ is {float(s.R_0):.3g}; {quantities['largest_R_0']:.3g} would do"
     if zero_last:
-        quantities["beta"] = float(smallest_beta(s, epsilon=epsilon))
+        quantities["beta"] = float(smallest_beta(s, epsilon=epsilon, tol=1e-3))
         hint += f", or W_{{L-1}} scaled by {quantities['beta']:.3g}"
     return hint
 
@@ -575,23 +583,20 @@ def paper_conditions(
 def _paper_one(s: Spectra, ball: PaperBall, necessary: float, i: int, rows: list[Assumption]) -> Certificate:
     alpha_0, step = float(s.alpha_0), float(ball.step[i])
     rows = [*rows, compare("α₀ = σ_N(F_{L-1})", alpha_0, ">", 0.0)]
-    names = ("(i) α₀² / right side", "(ii) α₀³ / right side", "(iii) α₀² / right side")
-    rows += [compare(name, float(r), ">=", 1.0) for name, r in zip(names, ball.ratios[i], strict=True)]
+    found = bool(ball.C[i].any())  # optimal radii that do not exist come back as zeros
+    if found:
+        names = ("(i) α₀² / right side", "(ii) α₀³ / right side", "(iii) α₀² / right side")
+        rows += [compare(name, float(r), ">=", 1.0) for name, r in zip(names, ball.ratios[i], strict=True)]
+    else:
+        rows.append(compare("(i) is satisfied by some radii", False, "is", True))
     rows.append(assumed("full-batch gradient descent in exact arithmetic, no biases"))
-    quantities = {
-        "alpha_0": alpha_0,
-        "max_step": step,
-        "rate": step * alpha_0**2 / 8,
-        "rho": step * alpha_0**2 / 8,
-        "radii": ball.C[i].tolist(),
-        "R_0": float(s.R_0),
-        "necessary": necessary,
-    }
+    quantities = {"alpha_0": alpha_0, "R_0": float(s.R_0), "necessary": necessary}
+    if found:
+        rate = step * alpha_0**2 / 8
+        quantities |= {"max_step": step, "rate": rate, "radii": ball.C[i].tolist()}
     broken = [a.name.split(" ")[0] for a in rows if not a.holds]
-    reason = f"condition {', '.join(broken)} fails" if broken else ""
-    if not bool(ball.C[i].any()):
-        reason = "no_radii: no C satisfies condition (i)"
-    return Certificate("Theorem P", not broken, tuple(rows), quantities, reason)
+    reason = f"condition {', '.join(broken)} fails" if found else "no_radii: no C satisfies condition (i)"
+    return Certificate("Theorem P", not broken, tuple(rows), quantities, "" if not broken else reason)
 
 
 def necessary_condition(s: Spectra, N: int) -> Tensor:
@@ -618,7 +623,7 @@ def _bisect(feasible: Callable[[Tensor], Tensor], like: Tensor, low: float, high
     return torch.where(possible, hi.exp(), torch.full_like(like, math.inf))
 
 
-def smallest_beta(s: Spectra, *, theorem: str = "C", epsilon: float = 0.25) -> Tensor:
+def smallest_beta(s: Spectra, *, theorem: str = "C", epsilon: float = 0.25, tol: float = 1e-4) -> Tensor:
     """The smallest factor beta of ``W_{L-1}`` at which Theorem C (or P) holds, for ``W_L = 0``.
 
     Feasibility is monotone in beta then (lesson 1, fact 5), so that bisection is enough.
@@ -627,9 +632,10 @@ def smallest_beta(s: Spectra, *, theorem: str = "C", epsilon: float = 0.25) -> T
         s: spectra of networks with ``W_L = 0``, any batch shape.
         theorem: ``"C"`` or ``"P"``.
         epsilon: as in `certify`.
+        tol: relative accuracy; the iteration slows down like ``tol^-1/2`` near the edge.
 
     Returns:
-        beta, the batch shape, to a relative 1e-5, from above.
+        beta, the batch shape, from above (the theorem holds there).
 
     Raises:
         ValueError: some ``W_L`` is not zero, or the theorem is unknown.
@@ -637,7 +643,7 @@ def smallest_beta(s: Spectra, *, theorem: str = "C", epsilon: float = 0.25) -> T
     if bool((s.w[..., -1] != 0).any()):
         raise ValueError(f"W_L has norm {float(s.w[..., -1].max()):.3g}; the smallest beta needs W_L = 0")
     holds = _theorem(theorem, epsilon)
-    return _bisect(lambda beta: holds(s.scaled(beta)), s.alpha_0, 1e-6, 1e12)
+    return _bisect(lambda beta: holds(s.scaled(beta)), s.alpha_0, 1e-6, 1e12, tol)
 
 
 def _theorem(theorem: str, epsilon: float) -> Callable[[Spectra], Tensor]:
@@ -649,14 +655,14 @@ def _theorem(theorem: str, epsilon: float) -> Callable[[Spectra], Tensor]:
 
 
 def largest_residual(s: Spectra, *, epsilon: float = 0.25) -> float:
-    """The largest ``R_0`` at which Theorem C would hold with everything else unchanged (0 under interference)."""
+    """The largest ``R_0``, to 0.1 %, at which Theorem C holds with all else unchanged (0 under interference)."""
     if float(ball_map(s, torch.zeros_like(s.w), epsilon).rho) <= 0:
         return 0.0
 
     def fits(shrink: Tensor) -> Tensor:
         return ball_fixed_point(replace(s, R_0=s.R_0 / shrink), epsilon=epsilon).feasible
 
-    return float(s.R_0 / _bisect(fits, s.R_0, 1e-6, 1e15))
+    return float(s.R_0 / _bisect(fits, s.R_0, 1e-6, 1e15, tol=1e-3))
 
 
 def two_layer_threshold(epsilon: float = 0.25, mode: str = "gd") -> float:
@@ -706,24 +712,32 @@ def proxy_spectra(
     Returns:
         The `Spectra` with the batch shape of n.
     """
-    n = torch.as_tensor(n, dtype=X.dtype, device=X.device)
-    F = networks.features([*lower, X.new_zeros(lower[-1].shape[-1] if lower else X.shape[1], 1)], X)
-    below = [f.reshape(f.shape[-2:]) for f in F]
+    return _proxy(X, Y, lower, scale, last)(torch.as_tensor(n, dtype=X.dtype, device=X.device))
+
+
+def _proxy(X: Tensor, Y: Tensor, lower: Sequence[Tensor], scale: float, last: str) -> Callable[[Tensor], Spectra]:
+    """`proxy_spectra` as a function of n alone: the kernel is built once."""
+    if last not in ("zero", "lecun"):
+        raise ValueError(f"last is {last!r}; 'zero' or 'lecun' is needed")
+    top = X.new_zeros(lower[-1].shape[-1] if len(lower) else X.shape[1], 1)
+    below = [f.reshape(f.shape[-2:]) for f in networks.features([*lower, top], X)]
     values = torch.linalg.eigvalsh(kernels.relu_kernel(below[-1]))
     small, large, trace = values[0].clamp_min(0), values[-1], values.sum()
-    m, outputs = below[-1].shape[1], Y.shape[1]
-    w = [_largest_singular_value(W).expand(n.shape) for W in lower] + [scale * (n.sqrt() + math.sqrt(m))]
-    phi = [_largest_singular_value(f).expand(n.shape) for f in below] + [scale * (n * large).sqrt()]
-    energy = (Y**2).sum()
-    if last == "lecun":
-        energy = energy + outputs * scale**2 * trace
-        w.append(1 + (outputs / n).sqrt())
-    else:
-        w.append(torch.zeros_like(n))
-    X_F = torch.linalg.matrix_norm(X).expand(n.shape)
-    return Spectra(
-        torch.stack(w, -1), torch.stack(phi, -1), scale * (n * small).sqrt(), energy.sqrt().expand(n.shape), X_F
-    )
+    fixed_w = [_largest_singular_value(W) for W in lower]
+    fixed_phi = [_largest_singular_value(f) for f in below]
+    energy = (Y**2).sum() + (Y.shape[1] * scale**2 * trace if last == "lecun" else 0)
+    X_F = torch.linalg.matrix_norm(X)
+
+    def of(n: Tensor) -> Spectra:
+        w = [v.expand(n.shape) for v in fixed_w] + [scale * (n.sqrt() + math.sqrt(below[-1].shape[1]))]
+        w.append(1 + (Y.shape[1] / n).sqrt() if last == "lecun" else torch.zeros_like(n))
+        phi = [v.expand(n.shape) for v in fixed_phi] + [scale * (n * large).sqrt()]
+        alpha_0 = scale * (n * small).sqrt()
+        return Spectra(
+            torch.stack(w, -1), torch.stack(phi, -1), alpha_0, energy.sqrt().expand(n.shape), X_F.expand(n.shape)
+        )
+
+    return of
 
 
 def proxy_width(
@@ -737,7 +751,7 @@ def proxy_width(
     epsilon: float = 0.25,
     radius: float | None = None,
 ) -> float:
-    """The width of the last hidden layer at which Theorem C (or P) holds for `proxy_spectra`; infinite if it never does.
+    """The width at which Theorem C (or P) starts to hold for `proxy_spectra`; infinite if it never does.
 
     Args:
         X: inputs, shape (N, d).
@@ -750,7 +764,7 @@ def proxy_width(
         radius: for Theorem P, the common value of all C_l; the optimal radii when omitted.
 
     Returns:
-        The width as a real number; real networks need between 1.02 and 1.25 times more in lesson 1.
+        The width as a real number; drawn networks need somewhat more (lesson 1 prints how much).
     """
     holds = _theorem(theorem, epsilon)
     if radius is not None:
@@ -758,9 +772,8 @@ def proxy_width(
         def holds(s: Spectra) -> Tensor:
             return paper_map(s, torch.full_like(s.w, radius)).feasible
 
-    one = torch.ones((), dtype=X.dtype, device=X.device)
-    N = X.shape[0]
-    return float(_bisect(lambda n: holds(proxy_spectra(X, Y, lower, n, scale=scale, last=last)), one, N, 1e40))
+    family = _proxy(X, Y, lower, scale, last)
+    return float(_bisect(lambda n: holds(family(n)), X.new_ones(()), float(X.shape[0]), 1e40))
 
 
 def chernoff_width(X: Float[Tensor, "N d"], Y: Float[Tensor, "N K"], p: float = 0.01) -> float:
@@ -818,3 +831,66 @@ def hermite_lower_bound(X: Float[Tensor, "N d"], r_max: int) -> Float[Tensor, " 
         total, power = total + mu[r] * power, power * cosines
         bounds.append(torch.linalg.eigvalsh(total)[0])
     return torch.stack(bounds)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def train(
+    X: Float[Tensor, "N d"],
+    Y: Float[Tensor, "N K"],
+    weights: Sequence[Tensor],
+    step: float | Float[Tensor, " S"],
+    steps: int,
+    *,
+    certificate: Certificate | None = None,
+    **options: Any,
+) -> descent.Run:
+    """Full-batch gradient descent that watches every quantity that Theorem C bounds.
+
+    Args:
+        X: inputs, shape (N, d).
+        Y: targets, shape (N, K).
+        weights: initial weights, L tensors of shape (S, n_in, n_out) or (n_in, n_out).
+        step: the step size eta for the loss ``0.5 * ||F_{L-1} W_L - Y||_F^2``, one number or one for each network.
+        steps: how many steps.
+        certificate: what `certify` said about these weights; computed here when omitted (float64 only).
+        **options: of `descent.train`: every, update, progress, checkpoint, observe, ...
+
+    Returns:
+        A `descent.Run` whose ``observed`` also holds ``sigma_min`` (T, S), ``moves`` (T, S, L), the norms
+        ``||W_l - W_l^0||_F``, and ``drift`` (T, S), ``||F_{L-1} - F_{L-1}^0||_F``.
+
+    Warns:
+        UserWarning: the certificate holds, but only for smaller steps.
+
+    Raises:
+        ValueError, TypeError: as `descent.train`.
+    """
+    data.check(X, Y, geometry=False)
+    networks.check_weights(weights, X, Y)
+    start = [W.clone() for W in networks.as_ensemble(weights)]
+    if certificate is None and X.dtype == torch.float64 and len(start) > 1:
+        certificate = certify(X, Y, start)
+    largest = float(torch.as_tensor(step, dtype=torch.float64).max())
+    if certificate is not None and certificate.holds and largest > certificate.quantities["max_step"]:
+        bound = certificate.quantities["max_step"]
+        warnings.warn(
+            f"step is {largest:.3g}; Theorem C allows at most {bound:.3g}, so this run is not covered",
+            stacklevel=2,
+        )
+    F_0 = networks.features(start, X)[-1]
+    N, width = F_0.shape[-2:]
+
+    def sigma_min(state: descent.State) -> Tensor:
+        F = networks.features(state.weights, X)[-1]
+        return torch.linalg.svdvals(F)[:, N - 1] if width >= N else F.new_zeros(len(F))
+
+    def moves(state: descent.State) -> Tensor:
+        return torch.stack([torch.linalg.matrix_norm(W - V) for W, V in zip(state.weights, start, strict=True)], -1)
+
+    def drift(state: descent.State) -> Tensor:
+        return torch.linalg.matrix_norm(networks.features(state.weights, X)[-1] - F_0)
+
+    observe = {"sigma_min": sigma_min, "moves": moves, "drift": drift} | options.pop("observe", {})
+    return descent.train(weights, X, Y, step, steps, observe=observe, **options)

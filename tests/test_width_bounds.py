@@ -1,11 +1,12 @@
 """Theorems P and C: the numbers they are known to give, their proofs' inequalities on runs, and what they refuse."""
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from companion import data, descent, kernels, networks
@@ -99,12 +100,13 @@ def test_the_map_is_monotone_so_that_one_sided_bounds_suffice(seed, L):
         assert bool((second.T >= first.T).all())
 
 
+@settings(max_examples=15)
 @given(seed=st.integers(0, 10**6), factor=st.floats(0.01, 0.9))
 def test_a_certificate_is_monotone_in_the_residual(seed, factor):
     X, Y, weights = problem(6, 6, (6, 60, 1), seed)
     s = wb.spectra(X, Y, weights).member(0)
     largest = wb.largest_residual(s)
-    feasible = wb.ball_fixed_point(wb.replace(s, R_0=torch.tensor(factor * largest, dtype=torch.float64))).feasible
+    feasible = wb.ball_fixed_point(replace(s, R_0=torch.tensor(factor * largest, dtype=torch.float64))).feasible
     assert largest == 0.0 or bool(feasible)
 
 
@@ -113,27 +115,24 @@ def test_smallest_beta_is_the_switch_and_agrees_with_corollary_d():
     s = wb.spectra(X, Y, weights)
     beta = float(wb.smallest_beta(s))
     closed = math.sqrt(wb.two_layer_threshold() * float(s.phi[0, 0] * s.R_0) / float(s.alpha_0) ** 2)
-    assert beta == pytest.approx(closed, rel=1e-4)
+    assert beta == pytest.approx(closed, rel=2e-4)
     for theorem in ("C", "P"):
         beta = wb.smallest_beta(s, theorem=theorem)
         holds = {
             "C": lambda t: wb.ball_fixed_point(s.scaled(t)).feasible,
             "P": lambda t: wb.paper_fixed_point(s.scaled(t)).feasible,
         }[theorem]
-        assert bool(holds(1.001 * beta))
+        assert bool(holds(beta))
         assert not bool(holds(0.999 * beta))
 
 
 def test_median_scales_at_linear_width():
     """N = d = 32, n = 4N, eight seeds: the medians that lesson 1 draws."""
-    scales = {(L, t): [] for L in (2, 3) for t in "CP"}
-    for seed in range(8):
-        for L in (2, 3):
-            X, Y, weights = problem(32, 32, (32, 128, 1) if L == 2 else (32, 32, 128, 1), 100 + seed)
-            s = wb.spectra(X, Y, weights)
-            for t in "CP":
-                scales[L, t].append(float(wb.smallest_beta(s, theorem=t)))
-    median = {key: sorted(v)[4] for key, v in scales.items()}
+    median = {}
+    for L, widths in ((2, (32, 128, 1)), (3, (32, 32, 128, 1))):
+        drawn = wb.Spectra.cat([wb.spectra(*problem(32, 32, widths, 100 + seed)) for seed in range(8)])
+        for theorem in "CP":
+            median[L, theorem] = float(wb.smallest_beta(drawn, theorem=theorem).median())
     assert median[2, "P"] == pytest.approx(128, rel=0.2)
     assert median[2, "C"] == pytest.approx(3.44, rel=0.2)
     assert 1 / 1.7 < median[3, "P"] / 1.4e6 < 1.7
@@ -145,9 +144,11 @@ def test_median_scales_at_linear_width():
 
 @given(seed=st.integers(0, 10**6), L=st.integers(2, 3))
 def test_dominance_theorem_p_implies_theorem_c(seed, L):
-    X, Y, weights = problem(5, 5, (5, 40, 1) if L == 2 else (5, 8, 40, 1), seed)
+    X, Y, weights = problem(5, 5, (5, 40, 1) if L == 2 else (5, 12, 40, 1), seed)
     s = wb.spectra(X, Y, weights)
-    s = s.scaled(1.01 * wb.smallest_beta(s, theorem="P"))
+    beta = wb.smallest_beta(s, theorem="P")
+    assume(bool(beta.isfinite()))  # infinite when a hidden layer happens to collapse two rows
+    s = s.scaled(1.01 * beta)
     paper, ball = wb.paper_fixed_point(s), wb.ball_fixed_point(s, epsilon=0.25)
     assert bool(paper.feasible)
     assert bool(ball.feasible)
@@ -270,7 +271,7 @@ def test_auto_epsilon_is_at_least_as_good(envelope_net):
 
 
 def test_an_ensemble_reports_every_member():
-    X, Y, weights = problem(8, 8, (8, 120, 1), 7, S=4)
+    X, Y, weights = problem(8, 8, (8, 400, 1), 7, S=4, beta=2.0)
     weights[0][2] *= 0.05
     cert = wb.certify(X, Y, weights)
     assert len(cert.members) == 4
@@ -309,9 +310,9 @@ def test_the_hint_of_a_refusal_is_right():
     X, Y, weights = problem(8, 8, (8, 30, 1), 8)
     cert = wb.certify(X, Y, weights)
     beta, R_0 = cert.quantities["beta"], cert.quantities["largest_R_0"]
-    assert wb.certify(X, Y, [1.001 * beta * weights[0], weights[1]]).holds
-    assert wb.certify(X, 0.999 * R_0 / float(torch.linalg.matrix_norm(Y)) * Y, weights).holds
-    assert not wb.certify(X, 1.001 * R_0 / float(torch.linalg.matrix_norm(Y)) * Y, weights).holds
+    assert wb.certify(X, Y, [1.0001 * beta * weights[0], weights[1]]).holds
+    assert wb.certify(X, 0.9999 * R_0 / float(torch.linalg.matrix_norm(Y)) * Y, weights).holds
+    assert not wb.certify(X, 1.002 * R_0 / float(torch.linalg.matrix_norm(Y)) * Y, weights).holds
 
 
 def test_independent_antipodal_pairs_are_fine():
@@ -407,10 +408,8 @@ def test_hidden_ascent_keeps_the_conclusions(deep_net):
     cert = wb.certify(X, Y, weights)
     step = cert.quantities["max_step"]
 
-    def ascent(W, residual, gradients):
-        for V, G in zip(W[:-1], gradients[:-1], strict=True):
-            V.add_(step * G)
-        W[-1].sub_(step * gradients[-1])
+    def ascent(state, R, gradients):
+        return [-G for G in gradients[:-1]] + gradients[-1:]
 
     run = wb.train(X, Y, weights, step, 1000, every=100, certificate=cert, update=ascent)
     assert bool((run.residual[:, 0] <= wb.envelope(cert, step, run.steps) * (1 + 1e-10)).all())
