@@ -8,6 +8,7 @@ weights stays bounded however large m is.  A neuron at ``w.x = 0`` counts as clo
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 
@@ -53,9 +54,11 @@ def check_layer(X: Tensor, W: Tensor, signs: Tensor) -> tuple[Float[Tensor, "S d
 
 
 def default_chunk(S: int, N: int, m: int, like: Tensor) -> int:
-    """The number of neurons in a panel: at most 8 MB on a CPU and 32 MB on a GPU, computed from the shapes alone."""
-    most = _PANEL_BYTES if like.device.type == "cpu" else _PANEL_BYTES_GPU
-    c = max(64, most // (S * N * like.element_size()))
+    """The number of neurons in a panel, from the shapes: on a CPU 2,048 if they take 1 to 8 MB, on a GPU 32 MB."""
+    neuron = S * N * like.element_size()
+    c = max(64, _PANEL_BYTES_GPU // neuron)
+    if like.device.type == "cpu":
+        c = max(64, min(_PANEL_BYTES // neuron, max(2048, _PANEL_BYTES // (8 * neuron))))
     return m if c >= m else c // 64 * 64
 
 
@@ -92,13 +95,19 @@ def multiply(X: Tensor, W: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+def weigh(Z: Tensor, a: Tensor, out: Tensor) -> None:
+    """``out += Z a`` for every member: matrix-vector products, which a batched product does badly."""
+    for z, sign, total in zip(Z, a, out, strict=True):
+        total.addmv_(z, sign)
+
+
 def forward(
     X: Float[Tensor, "N d"], W: Float[Tensor, "S d m"], signs: Float[Tensor, "S m"], chunk: int | None = None
 ) -> Float[Tensor, "S N"]:
     """Compute ``f(x_i) = sum_r a_r relu(w_r.x_i) / sqrt(m)`` for every network."""
     f = X.new_zeros(len(W), len(X))
     for part, Z in panels(X, W, chunk):
-        f += (Z.relu_() @ signs[:, part, None])[:, :, 0]
+        weigh(Z.relu_(), signs[:, part], f)
     return f / math.sqrt(W.shape[2])
 
 
@@ -114,7 +123,7 @@ def tangent(
     chunk = default_chunk(2 * len(W), len(X), W.shape[2], X) if chunk is None else chunk
     for (part, Z), (_, U) in zip(panels(X, W, chunk), panels(X, V, chunk), strict=True):
         U.masked_fill_(Z <= 0, 0)
-        out += (U @ signs[:, part, None])[:, :, 0]
+        weigh(U, signs[:, part], out)
     return out / math.sqrt(W.shape[2])
 
 
@@ -143,10 +152,20 @@ def count_products(A: Int[Tensor, "S N c"], B: Int[Tensor, "S M c"]) -> Int[Tens
     Returns:
         int64.
     """
-    if A.device.type == "cpu" and hasattr(torch, "_int_mm"):
+    # torch's int8 product leaves its output unwritten for a single column
+    if A.device.type == "cpu" and A.shape[2] >= 16 and _int8_products():
         return torch.stack([torch._int_mm(a, b.T) for a, b in zip(A, B, strict=True)]).long()
     # below 2^24 every partial sum is an integer that float32 holds; TensorFloat-32 is exact too on such entries
     return (A.float() @ B.float().mT).long()
+
+
+@functools.cache
+def _int8_products() -> bool:
+    """Whether torch has int8 products on this CPU and they are right; the function is not public."""
+    if not hasattr(torch, "_int_mm"):
+        return False
+    A = (torch.arange(7 * 1001).reshape(7, 1001) ** 2 % 3 - 1).to(torch.int8)
+    return torch.equal(torch._int_mm(A, A.T), A.int() @ A.int().T)
 
 
 def gate_counts(X: Float[Tensor, "N d"], W: Float[Tensor, "S d m"], chunk: int | None = None) -> Int[Tensor, "S N N"]:
@@ -207,7 +226,7 @@ class WideStep:
             a, c = part.start, part.stop - part.start
             gates = store[S * N * a : S * N * part.stop].view(S, N, c) if self.keep else None
             view = panel[: S * N * c].view(S, N, c), gates, update[: S * d * c].view(S, d, c)
-            self.parts.append((part, self.signs[:, part, None].contiguous(), *view))
+            self.parts.append((part, self.signs[:, part].contiguous(), *view))
 
     def outputs(self, W: Tensor) -> Tensor:
         """``f(W)``, (S, N), and the gates if they are kept."""
@@ -216,7 +235,7 @@ class WideStep:
             multiply(self.X, W[:, :, part], Z)
             if gates is not None:
                 torch.gt(Z, 0, out=gates)
-            self.f += (Z.relu_() @ a)[:, :, 0]
+            weigh(Z.relu_(), a, self.f)
         return self.f.mul_(self.signs.shape[1] ** -0.5)
 
     def __call__(self, params: list[Tensor], k: int, move: bool) -> Tensor:
@@ -233,5 +252,5 @@ class WideStep:
                 else:
                     Z.copy_(gates)
                 torch.bmm(weighted, Z, out=U)
-                W[:, :, part].addcmul_(U, a.mT)
+                W[:, :, part].addcmul_(U, a[:, None])
         return norms
