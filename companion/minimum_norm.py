@@ -359,9 +359,10 @@ def _prepare(
     if level not in ("measured", "certified"):
         raise ValueError(f"level is {level!r}; 'measured' or 'certified' is needed")
     y, W0, signs = _checked(X, y, W0, signs, precise=True, geometry=False)
-    W, _ = first_layer.check_layer(X, W, signs)
-    if W.shape != W0.shape:
+    W = W[None] if isinstance(W, Tensor) and W.ndim == 2 else W
+    if isinstance(W, Tensor) and W.shape != W0.shape:
         raise ValueError(f"W has shape {tuple(W.shape)}, W0 has {tuple(W0.shape)}; they must be equal")
+    W, _ = first_layer.check_layer(X, W, signs)
     eta, certified = _steps(step, len(W), X), level == "certified"
     found = data.degeneracies(X)
     bad = [*found.parallel_pairs, *(found.antipodal_pairs if found.antipodal_dependent else [])]
@@ -376,7 +377,7 @@ def _prepare(
     if certified:
         norm_e = norm_e * (1 + SLACK) + gates.output_error(X, W, e)
     problem = Problem(X, W, e, norm_e, eta, kernels.empirical_gram(X, W), certified)
-    if not refusal:
+    if refusal is None:
         _warn_large(eta * largest_eigenvalue(problem.gram))
     return problem, y, W0, signs, refusal
 
@@ -416,7 +417,7 @@ def certify(
     Source: Theorems 4.2 and 4.3, derived in lesson 4.
     """
     p, _, W0, _, refusal = _prepare(X, y, W0, signs, W0, step, reference, level)
-    if refusal:
+    if refusal is not None:
         return refusal
     loop, lam0 = gates.close_loop(p, reference), p.smallest(p.gram)
     m, up, size = p.W.shape[2], 1 + (SLACK if p.certified else 0), gates.sizes(X, p.certified)
@@ -476,7 +477,7 @@ def certify_after(
     Source: Theorems 4.2 and 4.3 (a), (b), (f), derived in lesson 4.
     """
     p, y, W0, signs, refusal = _prepare(X, y, W0, signs, W, step, reference, level)
-    if refusal:
+    if refusal is not None:
         return refusal
     solution = solve(X, y, W0, signs) if solution is None else solution
     loop = gates.close_loop(p, reference)
@@ -530,9 +531,9 @@ def _assemble(
         reason = ""
         if not holds and product > 1:
             reason = f"step too large: η λ_max = {product:.3g}"
-        elif not holds and not (float(lam0[s]) > 0 and lam > 0):
-            reason = f"kernel singular: λ = {min(float(lam0[s]), lam):.3g}"
-        elif not holds and float(loop.first[s]) >= 1:
+        elif not holds and not float(lam0[s]) > 0:
+            reason = f"kernel singular: λ = {float(lam0[s]):.3g}"
+        elif not holds and not float(loop.first[s]) < 1:
             reason = f"too many fragile gates: ε/λ = {float(loop.first[s]):.3g}"
         elif not holds:
             reason = "no Q closes the loop"

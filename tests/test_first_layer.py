@@ -23,7 +23,9 @@ def outputs(X, W, signs):
     return (torch.relu(X @ W) * signs[:, None]).sum(-1) / math.sqrt(W.shape[2])
 
 
-@given(S=st.integers(1, 3), N=st.integers(1, 6), m=st.integers(1, 40), chunk=st.integers(1, 45), seed=st.integers(0, 99))
+@given(
+    S=st.integers(1, 3), N=st.integers(1, 6), m=st.integers(1, 40), chunk=st.integers(1, 45), seed=st.integers(0, 99)
+)
 def test_streamed_products_match_autograd(S, N, m, chunk, seed):
     X, W, signs, y = problem(S=S, N=N, m=m, seed=seed)
     V = torch.randn(W.shape, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
