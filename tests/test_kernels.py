@@ -61,6 +61,15 @@ def test_near_duplicates_keep_their_digits():
     assert float(kernels.angles(plane(0.0, 1e-9))[0, 1]) == pytest.approx(1e-9, rel=1e-6)
 
 
+def test_many_rows_keep_the_digits_of_their_near_duplicates():
+    X = data.unit_rows(rows(40, 6, 9))  # so many that a library would go over to a Gram matrix
+    t = kernels.angles(torch.cat([X, X + 1e-9 * rows(40, 6, 10)]))
+    apart = torch.stack([t[i, 40 + i] for i in range(40)])
+    assert (apart > 1e-10).all()
+    assert (apart < 1e-8).all()
+    assert (t.diagonal() == 0).all()
+
+
 @pytest.mark.parametrize("s", [1e-12, 1e-9, 1e-5, 1e-2, 0.49, 0.51])
 def test_near_antipodal_rows_keep_their_digits(s):
     X = torch.tensor([[1.0, 0.0], [-1.0, math.tan(s)]], dtype=torch.float64)
