@@ -366,7 +366,7 @@ def test_reasons_of_a_refusal():
     blind = torch.ones_like(W0)
     plus = X.abs()
     plus[0] *= -1
-    assert mn.certify(plus, y, blind, signs, step=small_step).reason.startswith("kernel singular: λ = 0")
+    assert mn.certify(plus, y, blind, signs, step=mn.safe_step(plus)).reason.startswith("kernel singular: λ = 0")
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
