@@ -3,7 +3,7 @@
 If the residuals of gradient descent have ``sum_k eta ||e_k|| <= Q``, no pre-activation ``w_r.x_i`` moves by more than
 ``tau_i = ||X x_i|| Q / sqrt(m)``, and only the *fragile* gates, those with ``|w_r.x_i| <= tau_i`` at the start, can
 flip. Counting them bounds how far the Gram matrix can move, hence the residuals, hence Q: a Q that closes this loop is
-a proof (Theorems 4.2 and 4.3 of lesson 4).
+a proof (the counting theorem of lesson 4).
 """
 
 from __future__ import annotations

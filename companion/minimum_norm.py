@@ -224,7 +224,7 @@ def linear_gd(solution: MinimumNorm, step: float | Tensor, k: int) -> tuple[Floa
 
 
 class Lyapunov(NamedTuple):
-    """The terms of Theorem 4.1 at one iterate, each ``(S,)``.
+    """The terms of the Lyapunov identity at one iterate, each ``(S,)``.
 
     ``change`` is ``(||w_{k+1} - w*||^2 - ||w_k - w*||^2) / 2`` as the identity gives it; ``perp_next`` and
     ``parallel_next`` bound ``sqrt(V_perp)`` and ``sqrt(V_parallel)`` of the next iterate (if ``eta lambda_max(G_0) <=
@@ -254,7 +254,7 @@ def lyapunov_terms(solution: MinimumNorm, W: Float[Tensor, "*S d m"], step: floa
         step: eta, one for all networks or ``(S,)``.
 
     Returns:
-        `Lyapunov`. Source: Theorem 4.1, derived in lesson 4.
+        `Lyapunov`. Source: the Lyapunov identity, derived in lesson 4.
     """
     s = solution
     W = W[None] if W.ndim == 2 else W
@@ -371,7 +371,7 @@ def _prepare(
     refusal = None
     if bad:
         reason = f"kernel singular: inputs {bad[0][0]}, {bad[0][1]}"
-        refusal = Certificate("Theorems 4.2 and 4.3", False, (line,), {}, reason)
+        refusal = Certificate("Counting theorem", False, (line,), {}, reason)
     e = y - first_layer.forward(X, W, signs)
     norm_e = torch.linalg.vector_norm(e, dim=1)
     if certified:
@@ -400,7 +400,7 @@ def certify(
         W0: initial weights ``(d, m)`` or ``(S, d, m)``.
         signs: ``(m,)`` or ``(S, m)``.
         step: eta.
-        reference: ``"gate"`` (Theorem 4.2, around ``G_0``) or ``"midpoint"`` (Theorem 4.3, which closes earlier).
+        reference: ``"gate"`` (around ``G_0``) or ``"midpoint"`` (around a mean of two, which closes earlier).
         level: ``"measured"``, or ``"certified"`` with every rounding error bounded; the theorem is then one about
             gradient descent in exact arithmetic from these stored numbers.
 
@@ -414,7 +414,7 @@ def certify(
     Raises:
         TypeError, ValueError: as `solve`, except that a singular kernel gives ``holds=False``.
 
-    Source: Theorems 4.2 and 4.3, derived in lesson 4.
+    Source: the counting theorem and its midpoint variant, derived in lesson 4.
     """
     p, _, W0, _, refusal = _prepare(X, y, W0, signs, W0, step, reference, level)
     if refusal is not None:
@@ -436,7 +436,7 @@ def certify(
         "fragile": sets.double().mean(1) / m,
         "trivial": (p.e * alpha).sum(-1).clamp_min(0).sqrt(),
     }
-    name = f"Theorem {'4.2, gate' if reference == 'gate' else '4.3, midpoint'}, before training"
+    name = f"Counting theorem ({reference}), before training"
     return _assemble(name, p, loop, lam0, reference, values)
 
 
@@ -474,7 +474,7 @@ def certify_after(
     Raises:
         TypeError, ValueError: as `certify`.
 
-    Source: Theorems 4.2 and 4.3 (a), (b), (f), derived in lesson 4.
+    Source: the counting theorem (a), (b), (f), derived in lesson 4.
     """
     p, y, W0, signs, refusal = _prepare(X, y, W0, signs, W, step, reference, level)
     if refusal is not None:
@@ -488,7 +488,7 @@ def certify_after(
         "distance_low": (here - values["movement"]).clamp_min(0),
         "distance_high": here + values["movement"],
     }
-    name = f"Theorem {'4.2, gate' if reference == 'gate' else '4.3, midpoint'}, after training"
+    name = f"Counting theorem ({reference}), after training"
     return _assemble(name, p, loop, p.smallest(p.gram), reference, values)
 
 
@@ -561,7 +561,7 @@ def function_bound(
         residual: ``||e_k||``; 0 bounds the limit.
 
     Returns:
-        ``(S, M)``. Source: Theorem 4.4, derived in lesson 4.
+        ``(S, M)``. Source: the theorem on functions, derived in lesson 4.
     """
     X, W, m = solution.X, solution.W0, solution.W0.shape[2]
     N, both = len(X), torch.cat([solution.X, Z])
@@ -615,7 +615,7 @@ def formula(
     Raises:
         ValueError: inputs of unequal norm, or a number out of range.
 
-    Source: Theorem 4.5, derived in lesson 4.
+    Source: the explicit width, derived in lesson 4.
     """
     data.check(X)
     rho, n = equal_norm(X), len(X)
@@ -645,4 +645,6 @@ def formula(
     holds = all(a.holds for a in rows)
     values = {"width": need, "rate": step * lam0 / 4, "distance": constant * m**-0.25}
     values |= {"trivial": trivial, "informative": max(need, (constant / trivial) ** 4)}
-    return Certificate("Theorem 4.5, formula", holds, tuple(rows), values, "" if holds else f"m is below {need:.3g}")
+    return Certificate(
+        "Explicit width (formula)", holds, tuple(rows), values, "" if holds else f"m is below {need:.3g}"
+    )

@@ -84,7 +84,7 @@ def perp_constant(
         generator: CPU generator; None for seed 0.
 
     Returns:
-        ``C^2`` and its standard error. Source: Section 4.6, derived in lesson 4.
+        ``C^2`` and its standard error. Source: the sharp constant, derived in lesson 4.
     """
     data.check(X)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
@@ -149,7 +149,7 @@ def spectrum_bounds(X: Float[Tensor, "N d"]) -> tuple[float, float]:
         X: inputs ``(N, d)`` of equal norm, N >= 2.
 
     Returns:
-        The lower and the upper bound. Source: Section 4.7, derived in lesson 4.
+        The lower and the upper bound. Source: bounds on the spectrum, derived in lesson 4.
     """
     data.check(X)
     rho = equal_norm(X)
@@ -193,7 +193,7 @@ def generalization_bound(X: Float[Tensor, "N d"], y: Float[Tensor, " N"], *, del
     Raises:
         ValueError: rows that are not of unit norm, delta outside (0, 1), or data that `data.check` refuses.
 
-    Source: Section 4.8 (ii), derived in lesson 4.
+    Source: the generalization bound, derived in lesson 4.
     """
     data.check(X, y[:, None])
     if not 0 < delta < 1:
