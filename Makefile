@@ -16,7 +16,7 @@ BUILD  := $(BIN)/jupyter-book build . --toc "$(CURDIR)/book/_toc.yml" -W --keep-
 # a backend chosen in the environment would make the notebooks' figures vanish
 unexport MPLBACKEND
 
-.PHONY: help book serve lessons text test unit check-lessons lint format bench clean distclean env
+.PHONY: help book serve lessons text pictures test unit check-lessons lint format bench clean distclean env
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make test       everything that must hold"
 	@echo "make lessons    run the lessons and write their notebooks (ONLY=01-width-bounds for one)"
 	@echo "make text       write the notebooks anew after a change of prose, with the outputs they have"
+	@echo "make pictures   the pictures of the home page and of the README"
 	@echo "make unit       only the tests of the package; make lint, make format: ruff"
 	@echo "make check-lessons   nbval on the lessons in this environment (ONLY=... for one)"
 	@echo "make bench      the benchmarks; make clean: forget what was built; make distclean: .venv too"
@@ -61,6 +62,9 @@ lessons: $(STAMP)
 text: $(STAMP)
 	$(BIN)/python book/_tools/notebooks.py text $(ONLY)
 
+pictures: $(STAMP)
+	PYTHONPATH=. $(BIN)/python book/_tools/pictures.py
+
 # --- the tests
 
 test: $(STAMP) lint
@@ -71,7 +75,7 @@ unit: $(STAMP)
 
 check-lessons: $(STAMP)
 	$(BIN)/python book/_tools/notebooks.py check $(ONLY)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -p no:cacheprovider --nbval --nbval-current-env --nbval-cell-timeout=300 \
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -p no:cacheprovider --nbval --nbval-current-env --nbval-cell-timeout=300 --nbval-sanitize-with=tests/nbval_sanitize.cfg \
 	  $(if $(ONLY),lessons/$(ONLY).ipynb,lessons)
 
 lint: $(STAMP)

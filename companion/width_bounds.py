@@ -455,7 +455,16 @@ def _exact_ball(s: Spectra, ball: Ball, epsilon: float) -> _Proof | None:
     return _Proof(ball, False, 0.0)
 
 
-def _rational_check(s: Spectra, C: Tensor, epsilon: float) -> tuple[Fraction, ...] | None:
+class _Exact(NamedTuple):
+    d: Fraction
+    phi: Fraction
+    alpha: Fraction
+    B: Fraction
+    rho: Fraction
+    T: list[Fraction]
+
+
+def _rational_check(s: Spectra, C: Tensor, epsilon: float) -> _Exact | None:
     """``(d, phi, alpha, B, rho, T)`` of Theorem C in exact rationals, or None when an inequality fails."""
     radii = [Fraction(c) for c in C.tolist()]
     bar = [Fraction(w) + c for w, c in zip(s.w.tolist(), radii, strict=True)]
@@ -473,7 +482,7 @@ def _rational_check(s: Spectra, C: Tensor, epsilon: float) -> tuple[Fraction, ..
     T = [x * R_0 / rho for x in (*g, alpha)]
     if any(t > c for t, c in zip(T, radii, strict=True)):
         return None
-    return d, phi[-1], alpha, B, rho, T
+    return _Exact(d, phi[-1], alpha, B, rho, T)
 
 
 # --- Theorem P ------------------------------------------------------------------------------------------------------

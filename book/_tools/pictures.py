@@ -12,16 +12,20 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from companion import certificate, data, descent, kernels, networks, plotting
+from companion import data, descent, kernels, networks, plotting
 from companion import width_bounds as wb
 
 STATIC = Path(__file__).parents[1] / "_static"
 
 
+def lift(angle: torch.Tensor) -> torch.Tensor:
+    """Points of the unit circle."""
+    return torch.stack([angle.sin(), angle.cos()], 1)
+
+
 def home_player() -> plotting.Player:
-    """Six points on an arc, three widths, gradient descent on a logarithmic clock; the wide one under its proved curve."""
+    """Six points on an arc, three widths, a logarithmic clock; the wide one stays under its proved curve."""
     angle = 1.25 * torch.linspace(-1, 1, 6, dtype=torch.float64)
-    lift = lambda a: torch.stack([a.sin(), a.cos()], 1)
     X, Y = lift(angle), torch.tensor([-0.6, 0.8, -0.2, -0.9, 0.5, 0.3], dtype=torch.float64)[:, None]
     grid = torch.linspace(-1.45, 1.45, 200, dtype=torch.float64)
     clock = np.unique(np.geomspace(1, 30_000, 36).astype(int))
@@ -48,7 +52,7 @@ def home_player() -> plotting.Player:
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.0, 3.0))
     left.plot(angle, Y[:, 0], "o", color="#222222", markersize=6, zorder=5)
     curves, losses = {}, {}
-    for (n, residual), colour in zip(runs.items(), (plotting.COLOURS[4], plotting.COLOURS[2], plotting.COLOURS[0])):
+    for (n, residual), colour in zip(runs.items(), [plotting.COLOURS[i] for i in (4, 2, 0)], strict=True):
         (curves[n],) = left.plot(grid, fits[n][0], color=colour, label=f"{n:,} neurons")
         (losses[n],) = right.plot(k[:1], residual[:1], color=colour)
     right.plot(k, envelope, color=plotting.COLOURS[-1], label="proved for 8,000 neurons", **plotting.PREDICTED)
@@ -71,8 +75,8 @@ def home_player() -> plotting.Player:
 
     alt = (
         "A film of gradient descent on six points. Left: the functions of networks with 3, 12 and 8,000 neurons bend "
-        "towards the points. Right: the distance from the data stalls for 3 neurons; it falls for 12, for which nothing "
-        "was proved; for 8,000 neurons it falls below the dashed curve that was proved before training."
+        "towards the points. Right: the distance from the data stalls for 3 neurons; it falls for 12, for which "
+        "nothing was proved; for 8,000 neurons it falls below the dashed curve that was proved before training."
     )
     draw(len(k) - 1)
     figure.savefig(STATIC / "home.png", dpi=96)
@@ -80,7 +84,7 @@ def home_player() -> plotting.Player:
 
 
 def readme_pictures() -> None:
-    """A certificate and a predicted-over-measured curve, as pictures: GitHub shows neither tables from cells nor films."""
+    """A certificate and a predicted-over-measured curve, as pictures for GitHub."""
     generator = torch.Generator().manual_seed(0)
     X, Y = data.sphere(50, 50, generator), data.signs(50, generator)
     weights = networks.init_mlp((50, 1600, 1), scheme="gaussian", zero_last=True, generator=generator)

@@ -4,13 +4,14 @@
 - `stored_outputs`: the site shows the outputs of the stored notebooks, and no kernel runs;
 - `claims`: the page with all claims of all lessons, and the lessons that use a module;
 - `cells`: the builder that turns a lesson into plain Markdown cells for its notebook;
-- `repairs`: defects of the tools below us.
+- `repairs`: defects of the tools below us;
+- `reading`: what would keep a page from readers who hear it or use no mouse.
 """
 
-from . import address, cells, claims, repairs, stored_outputs
+from . import address, cells, claims, reading, repairs, stored_outputs
 
 
 def setup(app):
-    for part in (address, stored_outputs, claims, cells, repairs):
+    for part in (address, stored_outputs, claims, cells, repairs, reading):
         part.setup(app)
     return {"parallel_read_safe": False, "parallel_write_safe": True}

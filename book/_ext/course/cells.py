@@ -262,6 +262,8 @@ class Writer:
         else:
             heading = self.inline(title)
         body = "\n\n".join(self.block(child) for child in content)
+        if "dropdown" in node.get("classes", []):
+            return _fold(heading, body)
         return _quote(f"**{heading}**\n\n{body}")
 
     def theorem(self, node):
@@ -277,7 +279,7 @@ class Writer:
         """A proof, folded where it is folded on the site."""
         body = re.sub(r"\AProof\.\s*", "", self.joined(node)) + "\u2003∎"
         if "dropdown" in node.get("classes", []):
-            return f"<details><summary><b>Proof</b> (open to read)</summary>\n\n{body}\n\n</details>"
+            return _fold("Proof", body)
         return f"**Proof.** {body}"
 
     # --- lines
@@ -313,6 +315,11 @@ class Writer:
         if not uri or page == f"{self.docname}.html" or (not page and anchor):
             return text
         return f"[{text}]({uri if '://' in uri or uri.startswith('mailto:') else address.site() + uri})"
+
+
+def _fold(heading, body):
+    """Fold what is folded on the site."""
+    return f"<details><summary><b>{heading}</b> (open to read)</summary>\n\n{body}\n\n</details>"
 
 
 def _quote(text):

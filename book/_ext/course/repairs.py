@@ -11,10 +11,11 @@ _SHARED_IDS = {"proof-content", "exercise-content", "solution-content", "proof"}
 
 
 def _forget_thebe(app):
-    """Jupyter Book 1 loads thebe's script twice on every page, which is an error in the browser; we use no thebe."""
+    """Jupyter Book 1 loads thebe's script twice on every page, an error in the browser; we need none of it."""
     for listeners in app.events.listeners.values():
         for listener in [one for one in listeners if one.handler.__module__ == "sphinx_thebe"]:
             listeners.remove(listener)
+    app.registry.css_files = [given for given in app.registry.css_files if given[0] != "sphinx-thebe.css"]
 
 
 def _unique_ids(app, document):

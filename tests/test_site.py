@@ -1,0 +1,133 @@
+"""The site builds without a warning and its pages hold together; each check is shown to fail on a broken page."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import check_site
+import pytest
+from course import address, lessons
+
+REPOSITORY = "https://github.com/someone/else"
+COLAB = "https://colab.research.google.com/github/someone/else/blob/main/lessons/01-a.ipynb"
+
+# --- the built site
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """The site, built as `make book` builds it, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("site")
+    program = Path(sys.executable).with_name("jupyter-book")
+    toc = address.ROOT / "book" / "_toc.yml"
+    command = [program, "build", address.ROOT, "--path-output", folder, "--toc", toc, "-W", "--keep-going"]
+    environment = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}
+    done = subprocess.run(command, cwd=address.ROOT, env=environment, capture_output=True, text=True)
+    log = done.stdout + done.stderr
+    assert done.returncode == 0, log[-6000:]
+    assert "WARNING" not in log, log[-6000:]
+    return folder / "_build" / "html"
+
+
+@pytest.mark.pipeline
+@pytest.mark.xdist_group("site")
+class TestSite:
+    def test_nothing_is_broken(self, site):
+        assert check_site.check(site, address.repository()) == []
+
+    def test_every_lesson_has_its_page_and_its_notebook(self, site):
+        for name in lessons.names():
+            assert (site / "lessons" / f"{name}.html").exists()
+            offered = site / "_sources" / "lessons" / f"{name}.ipynb"
+            assert offered.read_bytes() == lessons.notebook_path(name).read_bytes()
+
+    def test_the_lessons_show_their_stored_pictures(self, site):
+        for name in lessons.names():
+            cells = lessons.stored_code(name)
+            stored = sum("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs)
+            pages = check_site.read(site / "lessons")
+            shown = [source for source, _ in pages[site / "lessons" / f"{name}.html"].pictures if "_images" in source]
+            assert len(shown) >= stored
+
+    def test_every_module_has_its_place_in_the_reference(self, site):
+        text = (site / "book" / "api.html").read_text(encoding="utf8")
+        modules = {path.stem for path in (address.ROOT / "companion").glob("*.py")} - {"__init__"}
+        assert {name for name in modules if f'id="module-companion.{name}"' not in text} == set()
+
+    def test_search_engines_are_told_the_published_address(self, site):
+        assert f'<link rel="canonical" href="{address.site()}' in (site / "book" / "notation.html").read_text()
+
+
+# --- the checks can fail
+
+GOOD = f"""<html><head><link rel="stylesheet" href="style.css"><link rel="canonical" href="https://example.org/"></head>
+<body><h1 id="top">A</h1><a href="#top">up</a><a href="01-a.html#top">here</a><a href="https://example.org/">out</a>
+<img src="plot.png" alt="The loss falls."><a href="{COLAB}">Colab</a></body></html>"""
+
+
+@pytest.fixture
+def problems(tmp_path):
+    """The problems of a small site whose only page is `page`."""
+    folder = tmp_path / "site" / "lessons"
+    folder.mkdir(parents=True)
+    (folder / "plot.png").touch()
+
+    def answer(page: str, style: str = "body { background: url(plot.png) }") -> list[str]:
+        (folder / "01-a.html").write_text(page)
+        (folder / "style.css").write_text(style)
+        return check_site.check(folder.parent, REPOSITORY)
+
+    return answer
+
+
+def test_a_good_page_passes(problems):
+    assert problems(GOOD) == []
+
+
+def test_an_empty_site_is_found(tmp_path):
+    assert "holds no page" in check_site.check(tmp_path, REPOSITORY)[0]
+
+
+BROKEN = {
+    "link": ('href="01-a.html#top"', 'href="02-b.html"', "02-b.html does not exist"),
+    "picture that is missing": ('src="plot.png"', 'src="other.png"', "other.png does not exist"),
+    "anchor": ('href="#top"', 'href="#bottom"', "#bottom has no such anchor"),
+    "anchor on a page": ("01-a.html#top", "01-a.html#bottom", "01-a.html#bottom has no such anchor"),
+    "id": ("<body>", '<body><p id="top">', "the id 'top' occurs 2 times"),
+    "no alt": (' alt="The loss falls."', "", "has no alternative text"),
+    "empty alt": ("The loss falls.", " ", "has no alternative text"),
+    "alt is a path": ("The loss falls.", "../_images/ab12.png", "is a file name"),
+    "alt is a stem": ("The loss falls.", "plot", "is a file name"),
+    "script": ("<body>", '<body><script src="https://cdn.org/a.js"></script>', "loads https://cdn.org/a.js"),
+    "import": ("<body>", '<body><script>import "https://cdn.org/m.js"</script>', "loads https://cdn.org/m.js"),
+    "style sheet": ('href="style.css"', 'href="//cdn.org/a.css"', "loads //cdn.org/a.css"),
+    "icon": ("<body>", '<body><link rel="icon" href="http://cdn.org/i">', "loads http://cdn.org/i"),
+    "frame": ("<body>", '<body><iframe src="https://cdn.org/f"></iframe>', "loads https://cdn.org/f"),
+    "image": ('src="plot.png"', 'src="https://cdn.org/p.png"', "loads https://cdn.org/p.png"),
+    "image set": ("<img ", '<img srcset="plot.png 1x, https://cdn.org/2.png 2x" ', "loads https://cdn.org/2.png"),
+    "style": ("<body>", "<body><style>p { background: url('https://cdn.org/p') }</style>", "loads https://cdn.org/p"),
+    "attribute": ("<body>", '<body style="background: url(https://cdn.org/q)">', "loads https://cdn.org/q"),
+    "another repository": ("someone/else", "someone/other", "does not open"),
+    "another notebook": ("lessons/01-a.ipynb", "lessons/02-b.ipynb", "does not open"),
+    "no launch": (f'<a href="{COLAB}">Colab</a>', "", "no link opens"),
+}
+
+
+@pytest.mark.parametrize("defect", BROKEN)
+def test_a_defect_is_found(problems, defect):
+    old, new, sentence = BROKEN[defect]
+    assert old in GOOD
+    assert any(sentence in problem for problem in problems(GOOD.replace(old, new)))
+
+
+@pytest.mark.parametrize("style", ["@import 'https://cdn.org/a.css';", "p { background: url(//cdn.org/a.png) }"])
+def test_a_style_sheet_that_loads_from_elsewhere_is_found(problems, style):
+    assert any("style.css loads" in problem for problem in problems(GOOD, style))
+
+
+def test_the_program_says_what_is_wrong(tmp_path):
+    command = [sys.executable, str(check_site.__file__), str(tmp_path), REPOSITORY]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "holds no page" in done.stderr
