@@ -524,7 +524,7 @@ def _assemble(
         rows += [
             compare("η λ_max", product, "<=", 1.0, status),
             compare("ε (fragile gates), against λ", eps, "<", lam, status),
-            compare("Q* , against Q", float(loop.Q_star[s]), "<=", float(loop.Q[s]), status),
+            compare("Q*, against Q", float(loop.Q_star[s]), "<=", float(loop.Q[s]), status),
             assumed("full-batch gradient descent in exact arithmetic"),
         ]
         holds = all(a.holds for a in rows)
