@@ -39,7 +39,7 @@ $(STAMP): pyproject.toml book/constraints.txt
 	test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install -q $(TORCH)
 	$(BIN)/python -m pip install -q -c book/constraints.txt setuptools wheel
-	$(BIN)/python -m pip install -q -c book/constraints.txt --no-build-isolation -e '.[book,test,certify]'
+	$(BIN)/python -m pip install -q -c book/constraints.txt --no-build-isolation -e '.[book,test,certify,scale]'
 	@touch $(STAMP)
 
 # --- the site

@@ -78,6 +78,10 @@ def _sigmoid_pull(D: Tensor, h: Tensor) -> Tensor:
     return D.mul_(h).mul_(1 - h)
 
 
+def _gauss(z: Tensor) -> Tensor:
+    return torch.exp(-0.5 * z**2)
+
+
 ACTIVATIONS: dict[str, Activation] = {
     a.name: a
     for a in (
@@ -89,6 +93,8 @@ ACTIVATIONS: dict[str, Activation] = {
         Activation("sin", torch.sin, torch.cos, lambda z: -torch.sin(z), None, torch.sin_),
         Activation("exp", torch.exp, torch.exp, torch.exp, lambda D, h: D.mul_(h), torch.exp_),
         Activation("identity", torch.clone, torch.ones_like, torch.zeros_like, lambda D, h: D, lambda z: z),
+        Activation("cos", torch.cos, lambda z: -torch.sin(z), lambda z: -torch.cos(z), None, torch.cos_),
+        Activation("gauss", _gauss, lambda z: -z * _gauss(z), lambda z: (z**2 - 1) * _gauss(z)),
     )
 }
 

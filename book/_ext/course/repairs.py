@@ -1,9 +1,11 @@
 """Defects of the tools below us, each repaired in one place."""
 
+import re
 import sys
 
 from docutils import nodes
 from myst_nb.sphinx_ import SphinxNbRenderer
+from sphinx_external_toc.collectors import TocTreeCollectorWithStyles as TocCollector
 
 from .address import ROOT
 
@@ -47,8 +49,33 @@ def _figure_around_the_picture_only(app):
     SphinxNbRenderer._render_nb_cell_code_outputs = one_by_one
 
 
+def _number_lessons_by_name(app):
+    """Sphinx counts the lessons that are there; ours have their files' numbers, so that lesson 4 is chapter 4."""
+    assign = TocCollector.assign_section_numbers
+    if getattr(assign, "repaired", False):
+        return
+
+    def by_name(self, env):
+        rewritten = assign(self, env)
+        for doc, numbers in env.toc_secnumbers.items():
+            lesson = re.match(r"lessons/(\d\d)-", doc)
+            if not lesson:
+                continue
+            own = int(lesson[1])
+            for anchor, number in numbers.items():
+                numbers[anchor] = number and type(number)((own, *number[1:]))
+            for node in [env.titles[doc], *env.tocs[doc].findall(nodes.reference)]:
+                if node.get("secnumber"):
+                    node["secnumber"] = type(node["secnumber"])((own, *node["secnumber"][1:]))
+        return rewritten
+
+    by_name.repaired = True
+    TocCollector.assign_section_numbers = by_name
+
+
 def setup(app):
     sys.path.insert(0, str(ROOT))  # the pages on `companion` describe this copy, whatever is installed
     app.connect("config-inited", lambda app, config: _forget_thebe(app), priority=900)
+    app.connect("builder-inited", _number_lessons_by_name)
     app.connect("builder-inited", _figure_around_the_picture_only)
     app.connect("doctree-read", _unique_ids, priority=900)
