@@ -142,21 +142,20 @@ def pull_back(
     return out
 
 
-def count_products(A: Int[Tensor, "S N c"], B: Int[Tensor, "S M c"]) -> Int[Tensor, "S N M"]:
-    """Compute ``A B^T`` exactly for entries in {-1, 0, 1}: int8 products where torch has them, else float32.
+def add_counts(total: Int[Tensor, "S N M"], A: Int[Tensor, "S N c"], B: Int[Tensor, "S M c"]) -> None:
+    """``total += A B^T``, exactly, for entries in {-1, 0, 1}: int8 products where torch has them, else float32.
 
     Args:
+        total: int64 or int32.
         A: int8, at most 2^24 columns.
         B: int8.
-
-    Returns:
-        int64.
     """
     # torch's int8 product leaves its output unwritten for a single column
     if A.device.type == "cpu" and A.shape[2] >= 16 and _int8_products():
-        return torch.stack([torch._int_mm(a, b.T) for a, b in zip(A, B, strict=True)]).long()
-    # below 2^24 every partial sum is an integer that float32 holds; TensorFloat-32 is exact too on such entries
-    return (A.float() @ B.float().mT).long()
+        for t, a, b in zip(total, A, B, strict=True):
+            t.add_(torch._int_mm(a, b.T))
+    else:  # below 2^24 every partial sum is an integer that float32 holds; TensorFloat-32 is exact too on such entries
+        total.add_((A.float() @ B.float().mT).to(total.dtype))
 
 
 @functools.cache
@@ -181,12 +180,12 @@ def gate_counts(X: Float[Tensor, "N d"], W: Float[Tensor, "S d m"], chunk: int |
     """
     (S, _, m), N = W.shape, len(X)
     chunk = min(m, max(64, default_chunk(2 * S, N, m, X))) if chunk is None else chunk
-    counts = torch.zeros(S, N, N, dtype=torch.int64, device=X.device)
+    counts = torch.zeros(S, N, N, dtype=torch.int32, device=X.device)  # m < 2^31; int64 sums take longer
     gates = torch.empty(S * N * min(chunk, m), dtype=torch.int8, device=X.device)
     for _, Z in panels(X, W, chunk):
         A = torch.gt(Z, 0, out=gates[: Z.numel()].view(Z.shape))
-        counts += count_products(A, A)
-    return counts
+        add_counts(counts, A, A)
+    return counts.long()
 
 
 class WideStep:
@@ -233,9 +232,9 @@ class WideStep:
         self.f.zero_()
         for part, a, Z, gates, _ in self.parts:
             multiply(self.X, W[:, :, part], Z)
-            if gates is not None:
-                torch.gt(Z, 0, out=gates)
             weigh(Z.relu_(), a, self.f)
+            if gates is not None:
+                gates.view(torch.bool).copy_(Z)  # open where relu is not zero: twice as fast as a comparison
         return self.f.mul_(self.signs.shape[1] ** -0.5)
 
     def __call__(self, params: list[Tensor], k: int, move: bool) -> Tensor:

@@ -103,7 +103,7 @@ def fragile_counts(
             radius = radius + rounding * (X.abs() @ W[:, :, part].abs())
         fragile, gate = Z.abs() <= radius, Z > 0
         for total, A in zip(counts, (gate | fragile, gate & ~fragile, fragile), strict=True):
-            total += first_layer.count_products(A.view(torch.int8), A.view(torch.int8))
+            first_layer.add_counts(total, A.view(torch.int8), A.view(torch.int8))
     return counts
 
 

@@ -267,7 +267,7 @@ def lyapunov_terms(solution: MinimumNorm, W: Float[Tensor, "*S d m"], step: floa
     flips = torch.zeros_like(s.gram, dtype=torch.int64)
     for (_, Z0), (_, Z) in zip(first_layer.panels(s.X, s.W0), first_layer.panels(s.X, W), strict=True):
         moved = (Z > 0).to(torch.int8) - (Z0 > 0).to(torch.int8)
-        flips += first_layer.count_products(moved, moved)
+        first_layer.add_counts(flips, moved, moved)
     drift = largest_eigenvalue((s.X @ s.X.T) * flips / s.W0.shape[2]).sqrt()
     norm_e, norm_b, norm_gap = (torch.linalg.vector_norm(v, dim=1) for v in (e, b, gap))
     parallel, perp = s.split(W)
@@ -572,8 +572,8 @@ def function_bound(
     for _, P in first_layer.panels(both, W, first_layer.default_chunk(4 * len(W), len(both), m, X)):
         fragile, gate = (P.abs() <= tau[:, :, None]).to(torch.int8), (P > 0).to(torch.int8)
         near += fragile.sum(-1)
-        open_near += first_layer.count_products(gate, fragile[:, :N].contiguous())
-        open_open += first_layer.count_products(gate, gate[:, :N].contiguous())
+        first_layer.add_counts(open_near, gate, fragile[:, :N].contiguous())
+        first_layer.add_counts(open_open, gate, gate[:, :N].contiguous())
     flips = inner.abs() * open_near / m
     D = torch.linalg.vector_norm((tau * near)[:, :N] / math.sqrt(m), dim=1)
     h, M = torch.linalg.vector_norm(flips[:, N:], dim=2), torch.linalg.matrix_norm(flips[:, :N], 2)
