@@ -1,0 +1,119 @@
+"""The counting argument against its definitions, neuron by neuron, and against what networks really do."""
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from companion import gates, verified
+
+
+def layer(N=5, d=3, m=60, S=2, seed=0, kappa=1.0):
+    g = torch.Generator().manual_seed(seed)
+    X = torch.randn(N, d, generator=g, dtype=torch.float64)
+    return X, kappa * torch.randn(S, d, m, generator=g, dtype=torch.float64)
+
+
+@given(seed=st.integers(0, 500), Q=st.floats(0.01, 5))
+def test_fragile_counts_are_the_sets_of_the_theorem(seed, Q):
+    X, W = layer(seed=seed)
+    m = W.shape[2]
+    counts = gates.fragile_counts(X, W, torch.tensor([Q, 2 * Q], dtype=torch.float64))
+    for s, q in enumerate((Q, 2 * Q)):
+        Z = X @ W[s]
+        A, tau = Z > 0, torch.linalg.vector_norm(X @ X.T, dim=1) * q / math.sqrt(m)
+        fragile = Z.abs() <= tau[:, None]
+        for i in range(len(X)):
+            for j in range(len(X)):
+                three = (
+                    (fragile[i] & ~fragile[j] & A[j]).sum()
+                    + (fragile[j] & ~fragile[i] & A[i]).sum()
+                    + (fragile[i] & fragile[j]).sum()
+                )
+                assert (counts.on - counts.off)[s, i, j] == three
+                assert counts.both[s, i, j] == (fragile[i] & fragile[j]).sum()
+                halves = (
+                    (A[i] & A[j] & ~fragile[i] & ~fragile[j]).sum()
+                    + 0.5 * (fragile[i] & ~fragile[j] & A[j]).sum()
+                    + 0.5 * (fragile[j] & ~fragile[i] & A[i]).sum()
+                    + 0.5 * (fragile[i] & fragile[j]).sum()
+                )
+                assert (counts.on + counts.off)[s, i, j] / 2 == halves
+
+
+def test_unsure_signs_are_fragile():
+    X, W = layer(S=1)
+    W[0, :, 7] = 0.0
+    exact = gates.fragile_counts(X, W, torch.zeros(1, dtype=torch.float64), rounding=1e-12)
+    assert torch.equal(exact.both[0], torch.ones(5, 5, dtype=torch.int64))
+    everything = gates.fragile_counts(X, W, torch.zeros(1, dtype=torch.float64), rounding=10.0)
+    assert bool((everything.both == 60).all())
+    assert bool((everything.off == 0).all())
+
+
+@given(seed=st.integers(0, 200), slow=st.floats(1e-4, 0.5))
+def test_path_length_bounds_the_sum_tightly(seed, slow):
+    g = torch.Generator().manual_seed(seed)
+    values = torch.sort(slow + (1 - slow) * torch.rand(1, 4, generator=g, dtype=torch.float64)).values
+    c, eta = torch.randn(1, 4, generator=g, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    k = torch.arange(int(40 / float(values[0, 0])) + 1)[:, None]
+    exact = float(torch.linalg.vector_norm((1 - values) ** k * c, dim=1).sum())
+    bound = float(gates._path_length(values, c, eta))
+    assert exact * (1 - 1e-12) <= bound <= exact * 1.001
+
+
+def exact_definite(M):
+    """Whether a symmetric matrix of Fractions is positive definite, by LDL^T."""
+    M = [row[:] for row in M]
+    for k in range(len(M)):
+        if M[k][k] <= 0:
+            return False
+        for i in range(k + 1, len(M)):
+            ratio = M[i][k] / M[k][k]
+            M[i] = [a - ratio * b for a, b in zip(M[i], M[k], strict=True)]
+    return True
+
+
+@settings(max_examples=20)
+@given(seed=st.integers(0, 200), ill=st.integers(0, 9), size=st.sampled_from([0.0, 1e-9, 1e-3]))
+def test_eig_min_lower_is_proved_by_rationals_and_tight(seed, ill, size):
+    g = torch.Generator().manual_seed(seed)
+    A = torch.randn(4, 4, generator=g, dtype=torch.float64)
+    G = A @ torch.diag(torch.tensor([1, 1, 1, 10.0**-ill], dtype=torch.float64)) @ A.T
+    noise = (torch.rand(4, 4, generator=g, dtype=torch.float64) - 0.5).tril()
+    truth = G.tril() + size * noise  # some matrix within the radius
+    bound = gates.eig_min_lower(G, torch.full((4, 4), size, dtype=torch.float64))
+    M = [[Fraction(float(truth[max(i, j), min(i, j)])) for j in range(4)] for i in range(4)]
+    shifted = [[M[i][j] - (Fraction(bound) if i == j else 0) for j in range(4)] for i in range(4)]
+    assert bound == 0.0 or exact_definite(shifted)
+    if ill <= 5 and size == 0:
+        assert bound > 0.99 * float(torch.linalg.eigvalsh(G)[0]) - 1e-13
+
+
+def test_nothing_is_shown_of_a_singular_matrix():
+    A = torch.randn(5, 3, dtype=torch.float64)
+    G = A @ A.T
+    assert gates.eig_min_lower(G, verified.product_radius(A, A.T)) == 0.0
+
+
+@pytest.mark.parametrize("reference", ["gate", "midpoint"])
+@pytest.mark.parametrize("certified", [False, True])
+def test_a_closed_loop_stays_closed_when_everything_is_rebuilt_from_its_q(reference, certified):
+    X, W = layer(N=4, m=200, S=1, kappa=300.0)
+    W, e = torch.cat([W, W], 2), torch.ones(1, 4, dtype=torch.float64)
+    A = (X @ W > 0).double()
+    gram = (X @ X.T) * (A @ A.mT) / 400
+    p = gates.Problem(X, W, e, torch.full((1,), 2.0).double() + 1e-9, torch.full((1,), 0.01).double(), gram, certified)
+    loop = gates.close_loop(p, reference)
+    assert bool(loop.closed)
+    assert float(loop.Q_star) <= float(loop.Q)
+    again = gates.fragile_counts(X, W, loop.Q_star)
+    F = (X @ X.T).abs() * (again.on - again.off) / 400
+    eps = float(torch.linalg.eigvalsh(F)[0, -1]) * (0.5 if reference == "midpoint" else 1)
+    assert eps <= float(loop.eps) * (1 + 1e-9)
+    # the certified loop is the weaker statement
+    plain = gates.close_loop(p._replace(certified=False), reference)
+    assert float(plain.Q_star) <= float(loop.Q_star) * (1 + 1e-9)
