@@ -150,7 +150,7 @@ class Step:
 
 def step_floor(X: Tensor, W: Tensor, signs: Tensor, y: Tensor) -> Callable[[], Any]:
     """Two products for each chunk, into buffers that exist."""
-    c, m = 4096, W.shape[2]
+    c, m = 2048, W.shape[2]  # our panels
     Z, U, XT = X.new_zeros(N, c), X.new_empty(D, c), X.T.contiguous()
 
     def run() -> None:

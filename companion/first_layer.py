@@ -46,11 +46,16 @@ def check_layer(X: Tensor, W: Tensor, signs: Tensor) -> tuple[Float[Tensor, "S d
     W = W[None] if W.ndim == 2 else W
     if signs.ndim not in (1, 2) or signs.shape[-1] != W.shape[2] or signs.shape[:-1] not in ((), W.shape[:1]):
         raise ValueError(f"signs has shape {tuple(signs.shape)}; ({W.shape[2]},) or {(*W.shape[::2],)} is needed")
-    if not all(torch.isfinite(v) for v in W.detach().aminmax()):
+    if not finite(W):
         raise ValueError("W holds NaN or infinity; finite numbers are needed")
     if not bool((signs.abs() == 1).all()):
         raise ValueError(f"signs holds {float(signs[signs.abs() != 1][0])}; every sign must be +1 or -1")
     return W, signs.expand(W.shape[0], -1)
+
+
+def finite(W: Float[Tensor, "..."]) -> bool:
+    """Whether all entries are finite: a finite sum proves it in one quick pass; an infinite one may have overflowed."""
+    return bool(torch.isfinite(W.detach().sum())) or all(bool(torch.isfinite(v)) for v in W.detach().aminmax())
 
 
 def default_chunk(S: int, N: int, m: int, like: Tensor) -> int:
@@ -183,7 +188,8 @@ def gate_counts(X: Float[Tensor, "N d"], W: Float[Tensor, "S d m"], chunk: int |
     counts = torch.zeros(S, N, N, dtype=torch.int32, device=X.device)  # m < 2^31; int64 sums take longer
     gates = torch.empty(S * N * min(chunk, m), dtype=torch.int8, device=X.device)
     for _, Z in panels(X, W, chunk):
-        A = torch.gt(Z, 0, out=gates[: Z.numel()].view(Z.shape))
+        # compared in place and then copied: half the time of a comparison into bytes
+        A = gates[: Z.numel()].view(Z.shape).copy_(torch.gt(Z, 0, out=Z))
         add_counts(counts, A, A)
     return counts.long()
 

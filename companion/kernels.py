@@ -210,7 +210,7 @@ def empirical_gram(
     if W.ndim not in (2, 3) or W.shape[-2] != X.shape[1] or W.dtype != X.dtype or W.device != X.device:
         found = f"{tuple(W.shape)} {W.dtype} on {W.device}"
         raise ValueError(f"W is {found}; (d, m) or (S, d, m) with d = {X.shape[1]}, {X.dtype}, {X.device} is needed")
-    if not all(torch.isfinite(v) for v in W.detach().aminmax()):
+    if not first_layer.finite(W):
         raise ValueError("W holds NaN or infinity; finite numbers are needed")
     counts = first_layer.gate_counts(X, W if W.ndim == 3 else W[None], chunk)
     G = (X @ X.T) * counts.to(X.dtype) / W.shape[-1]

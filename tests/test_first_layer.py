@@ -115,3 +115,10 @@ def test_one_network_gets_its_ensemble_axis():
     shapes = [tuple(t.shape) for t in first_layer.check_layer(X, W[0], signs[0])]
     assert shapes == [(1, 3, 50), (1, 50)]
     assert first_layer.check_layer(X, W, signs[0])[1].shape == (2, 50)
+
+
+def test_finite_numbers_may_overflow_their_sum():
+    assert first_layer.finite(torch.full((2, 3), 1e308, dtype=torch.float64))
+    for bad in (math.nan, math.inf, -math.inf):
+        assert not first_layer.finite(torch.tensor([1.0, bad, 2.0]))
+    assert not first_layer.finite(torch.tensor([math.inf, -math.inf]))
