@@ -53,7 +53,7 @@ def check_layer(X: Tensor, W: Tensor, signs: Tensor) -> tuple[Float[Tensor, "S d
     return W, signs.expand(W.shape[0], -1)
 
 
-def finite(W: Float[Tensor, "..."]) -> bool:
+def finite(W: Float[Tensor, ...]) -> bool:
     """Whether all entries are finite: a finite sum proves it in one quick pass; an infinite one may have overflowed."""
     return bool(torch.isfinite(W.detach().sum())) or all(bool(torch.isfinite(v)) for v in W.detach().aminmax())
 
