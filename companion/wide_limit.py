@@ -45,6 +45,7 @@ def kernel_regression(X: Float[Tensor, "N d"], y: Float[Tensor, " N"], Z: Float[
 
 
 def equal_norm(X: Tensor) -> float:
+    """The common norm of the rows of X ``(N, d)``; a ValueError if they differ by more than 1e-9 relatively."""
     norms = data.row_norms(X)
     if float(norms.max()) > float(norms.min()) * (1 + 1e-9):
         low, high = float(norms.min()), float(norms.max())

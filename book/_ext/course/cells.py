@@ -12,6 +12,7 @@ from pathlib import Path
 from docutils import nodes
 from sphinx import addnodes
 from sphinx.builders import Builder
+from sphinx.errors import ExtensionError
 
 from . import address
 
@@ -158,7 +159,7 @@ class Writer:
             return self.inline_one(node)
         if isinstance(node, nodes.Element):
             return self.joined(node)
-        raise NotImplementedError(f"{self.docname}: {name}")
+        raise ExtensionError(f"{self.docname}: there is no rule that writes {name!r} as Markdown")
 
     def joined(self, node):
         """The children of `node`: blocks apart from each other, what stands in a line together."""
