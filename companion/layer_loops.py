@@ -102,30 +102,32 @@ class Loop:
 class MLPLoop(Loop):
     """``f = v sigma(a . z + b)``: a state carries a 1, so that ``(a, b)`` is one matrix; the adjoint recomputes sigma.
 
-    Of the six products of a layer none is doubled but the first.
+    Of the six products of a layer none is doubled but the first.  A layer's particles are copied next to each other
+    before they are multiplied, and its gradient is made with the particles last: both are quicker than strides.
     """
 
     extra = 1
 
     def allocate(self) -> None:
-        self.H, self.Q = self.panels(1)[0], self.w.new_empty(self.S, self.n, self.M)
-        d = self.block.d
-        self.sums = self.w.new_empty(self.S, self.n, d)
-        self.g_v, self.g_ab = self.w.new_empty(self.S, self.M, d), self.w.new_empty(self.S, self.M, d + 1)
+        S, M, d, new = self.S, self.M, self.block.d, self.w.new_empty
+        self.H, self.Q = self.panels(1)[0], new(S, self.n, M)
+        self.v, self.ab, self.g_v, self.g_ab = new(S, M, d), new(S, M, d + 1), new(S, d, M), new(S, d + 1, M)
+        self.sums = new(S, self.n, d)
         self.relu = isinstance(self.block, ReluMLP)
 
-    def load(self, theta: Float[Tensor, "S L M k"]) -> None:
-        super().load(theta)
-        d = self.block.d
-        self.v, self.ab = ([t[..., part] for t in self.particles] for part in (slice(d), slice(d, 2 * d + 1)))
-
-    def weighted(self, panel: Tensor) -> tuple[Tensor, float]:
-        """The panel with its columns weighted, and the factor that is left."""
-        return (panel, self.uniform / self.L) if self.uniform else (panel.mul_(self.w), 1 / self.L)
-
     def sigma(self, l: int) -> Tensor:
-        panel = torch.bmm(self.layers[l], self.ab[l].mT, out=self.H[l])
+        """Fetch layer l's particles, and compute its panel."""
+        d = self.block.d
+        self.v.copy_(self.particles[l][..., :d])
+        self.ab.copy_(self.particles[l][..., d:])
+        if self.keep and self.pulling:
+            return self.H[l]
+        panel = torch.bmm(self.layers[l], self.ab.mT, out=self.H[l])
         return panel.relu_() if self.relu else panel.tanh_()
+
+    def forward(self, X: Float[Tensor, "n d"]) -> Float[Tensor, "T S n d"]:
+        self.pulling = False
+        return super().forward(X)
 
     def push(self, l: int) -> None:
         h, factor = self.sigma(l), 1 / self.L
@@ -133,21 +135,25 @@ class MLPLoop(Loop):
             factor *= self.uniform
         else:
             h = torch.mul(h, self.w, out=self.Q)
-        torch.baddbmm(self.z[l], h, self.v[l], alpha=factor, out=self.sums)
+        torch.baddbmm(self.z[l], h, self.v, alpha=factor, out=self.sums)
         self.z[l + 1].copy_(self.sums)
 
     def pull(self, l: int, p: Tensor, out: Tensor, G: Tensor) -> None:
-        d = self.block.d
-        h = self.H[l] if self.keep else self.sigma(l)
-        G[:, l, :, :d] = torch.bmm(h.mT, p, out=self.g_v)
-        q = torch.bmm(p, self.v[l].mT, out=self.Q)
+        d, self.pulling = self.block.d, True
+        h = self.sigma(l)
+        G[:, l, :, :d] = torch.bmm(p.mT, h, out=self.g_v).mT
+        q = torch.bmm(p, self.v.mT, out=self.Q)
         if self.relu:
             torch.ops.aten.threshold_backward.grad_input(q, h, 0, grad_input=q)
         else:
             q.addcmul_(q, h.square(), value=-1)
-        G[:, l, :, d:] = torch.bmm(q.mT, self.layers[l], out=self.g_ab)
-        q, factor = self.weighted(q)
-        torch.baddbmm(p, q, self.ab[l][..., :d], alpha=factor, out=out)
+        G[:, l, :, d:] = torch.bmm(self.layers[l].mT, q, out=self.g_ab).mT
+        factor = 1 / self.L
+        if self.uniform:
+            factor *= self.uniform
+        else:
+            q.mul_(self.w)
+        torch.baddbmm(p, q, self.ab[..., :d], alpha=factor, out=out)
 
 
 class BallBumpLoop(Loop):

@@ -220,6 +220,7 @@ def rescaled_gradient(
     y: Float[Tensor, " n"],
     v: Float[Tensor, " d"],
     weights: Float[Tensor, " M"] | None = None,
+    out: Float[Tensor, "S L M k"] | None = None,
 ) -> tuple[Float[Tensor, " S"], Float[Tensor, "S L M k"]]:
     """Compute E and ``(1/n) sum_i p_{l+1}^i . d_theta f(z_l^i, theta_lm)``: the gradient divided by ``w_m / L``.
 
@@ -232,6 +233,7 @@ def rescaled_gradient(
         y: targets ``(n,)``.
         v: the output is ``v . z_L``, ``(d,)``.
         weights: see `forward`.
+        out: memory for the gradient; None for new memory, which costs time where the gradient is large.
 
     Returns:
         The loss ``(S,)`` and the rescaled gradient ``(S, L, M, k)``.
@@ -242,7 +244,9 @@ def rescaled_gradient(
     w = _checked(block, theta, X, weights)
     check_data(X, y)
     step = _Gradient(block, tuple(theta.shape), X, y, _functional(v, X), w)
-    G = torch.empty_like(theta)
+    if out is not None and (out.shape != theta.shape or out.dtype != theta.dtype or out.device != theta.device):
+        raise ValueError(f"out is {tuple(out.shape)} {out.dtype}; {tuple(theta.shape)} {theta.dtype} is needed")
+    G = torch.empty_like(theta) if out is None else out
     E = theta.new_empty(len(theta))
     for members in step.members(len(theta)):
         rms = step(theta[members], G[members])

@@ -56,7 +56,9 @@ def test_chunks_and_kept_panels_change_nothing(monkeypatch):
     monkeypatch.setattr(resnets, "_KEEP_BYTES", {"cpu": 0})
     monkeypatch.setattr(resnets, "_PANEL_BYTES", {"cpu": 400})
     assert resnets.default_chunk(5, 3, 4, X) == (2, False)
-    again = resnets.rescaled_gradient(block, theta, X, y, v, w)
+    memory = torch.empty_like(G)
+    again = resnets.rescaled_gradient(block, theta, X, y, v, w, out=memory)
+    assert again[1] is memory
     torch.testing.assert_close(again[0], E, rtol=1e-13, atol=0)
     torch.testing.assert_close(again[1], G, rtol=1e-12, atol=1e-14)
 
@@ -239,6 +241,7 @@ NAN = float64([[math.nan, 0.0]])
         (lambda: resnets.forward(B, THETA, X4, float64([0.5, 0.5, 0.5])), ValueError, "weights sum to 1.5"),
         (lambda: resnets.forward(B, THETA, X4, float64([1.5, -0.5, 0])), ValueError, "the smallest is -0.5"),
         (lambda: resnets.adjoint(B, THETA, X4, V), ValueError, r"p_L is \(2,\) torch.float64; \(1, 4, 2\)"),
+        (lambda: resnets.rescaled_gradient(B, THETA, X4, Y4, V, out=THETA[0]), ValueError, r"out is \(2, 3, 5\)"),
         (lambda: resnets.train(B, THETA, X4, Y4, V, 0.0, 3), ValueError, "step is 0.0; a positive finite number"),
         (lambda: resnets.train(B, THETA, X4, Y4, V, True, 3), ValueError, "step is True"),
         (lambda: resnets.train(B, THETA, X4, Y4, V[:1], 0.1, 3), ValueError, r"v is \(1,\) torch.float64"),
