@@ -10,10 +10,10 @@ limit, and ``nu = M^-1/2`` (one draw for all depths) or ``(L M)^-1/2`` (a draw f
     D'    = kappa^2 B e^A delta + kappa rbar (B (q + A e^A / L) + e^A (H_zt delta + H_tt D))
     R'    = kappa rbar e^A (H_tt R + H_zt F + A B)
 
-where the output is ``v.z`` with ``|v| = kappa``, and ``phi, chi = (e^A - 1) / A, e^A`` for one draw, ``e^A, e^2A`` for a
-draw in every layer. Forward differences of step h bound gradient descent with that step against the limit of gradient
-descent with that step. All is linear in nu and in 1/L, so that the sizes needed for a given error have closed forms.
-Derived in lesson 2.
+where the output is ``v.z`` with ``|v| = kappa``, and ``phi, chi = (e^A - 1) / A, e^A`` for one draw for all depths,
+``e^A, e^2A`` for a draw in every layer. Forward differences of step h bound gradient descent with that step against the
+limit of gradient descent with that step. All is linear in nu and in 1/L, so that the sizes needed for a given error
+have closed forms. Derived in lesson 2.
 """
 
 from __future__ import annotations

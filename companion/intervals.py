@@ -2,8 +2,8 @@
 
 The two ends are torch tensors of one shape. Assumed of the machine: float64 additions, subtractions, products,
 quotients and square roots round to nearest (IEEE 754); each result is then moved one float outward. Nothing is assumed
-of `exp`: it is a Taylor polynomial in interval arithmetic after the argument is reduced by a multiple of log 2, with its
-remainder bounded. Sums in any order obey ``|fl(sum) - sum| <= gamma_k sum|.|`` (see `companion.verified`).
+of `exp`: it is a Taylor polynomial in interval arithmetic after the argument is reduced by a multiple of log 2, with
+its remainder bounded. Sums in any order obey ``|fl(sum) - sum| <= gamma_k sum|.|`` (see `companion.verified`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -117,7 +118,7 @@ class Interval:
         return Interval(self.lo.flatten(start), self.hi.flatten(start))
 
     def expand(self, *shape: int) -> Interval:
-        return Interval(self.lo.expand(*shape), self.hi.expand(*shape))
+        return Interval(self.lo.expand(shape), self.hi.expand(shape))
 
     def magnitude(self) -> Tensor:
         """The largest absolute value in each interval."""
@@ -163,7 +164,8 @@ def _exp(x: Tensor) -> Interval:
         total = total * r + point(Fraction(1, math.factorial(j)))
     # |r| < 0.36: the next terms sum to less than 0.36^19 / 19! * 2 < 1e-25
     total = total + Interval(x.new_tensor(-1e-25), x.new_tensor(1e-25))
-    lo, hi = (torch.ldexp(end, k.to(torch.int32)) for end in (total.lo, total.hi))  # no underflow: |k| < 1012
+    # scaling by a power of two is exact: |k| < 1012
+    lo, hi = (torch.as_tensor(np.ldexp(end.numpy(), k.int().numpy())) for end in (total.lo, total.hi))
     lo = torch.where(x < -700, torch.zeros_like(lo), lo)
     hi = torch.where(x > 700, torch.full_like(hi, math.inf), hi)
     return Interval(lo, hi)
