@@ -127,13 +127,14 @@ class Block:
             return torch.autograd.grad(pairs.sum(), each, materialize_grads=True)[0]
 
     def constants(
-        self, theta: Float[Tensor, "*B k"] | None = None, radius: float = 0.0, reach: float = math.inf
+        self, theta: Float[Tensor, "*B k"] | None = None, radius: float | None = None, reach: float = math.inf
     ) -> Constants:
         """Bounds for all ``|z| <= reach`` and all parameters, or for each particle within `radius` of `theta`.
 
         Args:
-            theta: particles; None for bounds over all parameters (infinite where there are none).
-            radius: how far a particle may be from `theta`.
+            theta: particles, or None.
+            radius: how far a particle may be from `theta`, None for 0; without `theta` how large parameters may be
+                (`BallBump`, `RBF`: only u), None for no limit: the bounds are infinite where there are none.
             reach: bound of the states' norm; only some blocks need it.
 
         Returns:
@@ -161,6 +162,13 @@ def _dimension(d: int, least: int = 1) -> None:
 def _positive(name: str, value: float) -> None:
     if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
         raise ValueError(f"{name} is {value!r}; a positive finite number is needed")
+
+
+def _reached(theta: Tensor | None, radius: float | None) -> float:
+    """The radius that is meant when none is given: 0 around particles, no limit without them."""
+    if radius is None:
+        return math.inf if theta is None else 0.0
+    return radius
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -252,9 +260,10 @@ class BallBump(Block):
         return torch.cat([pairs, self.unchart(b, c, q, u * bumps * p[:, :, None], g_c)], -1)
 
     def constants(
-        self, theta: Float[Tensor, "*B k"] | None = None, radius: float = 0.0, reach: float = math.inf
+        self, theta: Float[Tensor, "*B k"] | None = None, radius: float | None = None, reach: float = math.inf
     ) -> Constants:
         """Bounds in terms of ``U``, the largest ``|u|``, for all z, omega; without `theta`, `radius` is U itself."""
+        radius = _reached(theta, radius)
         U = radius if theta is None else theta[..., 0].abs() + radius
         R2 = self.R**2
         beta = R2 * math.exp(1 / R2 - 1) if self.R >= 1 else 1.0
@@ -348,7 +357,7 @@ class GaussBump(Block):
         return (-p * g.mul_(1 - s * s))[..., None]
 
     def constants(
-        self, theta: Float[Tensor, "*B 1"] | None = None, radius: float = 0.0, reach: float = math.inf
+        self, theta: Float[Tensor, "*B 1"] | None = None, radius: float | None = None, reach: float = math.inf
     ) -> Constants:
         one = 1.0 if theta is None else theta.new_ones(theta.shape[:-1])
         F, A, H = self.alpha * one, self.alpha * _SQRT_E * one, self.alpha * _GAUSS_H * one
@@ -415,9 +424,10 @@ class RBF(Block):
         return back, torch.cat([g_u, g_c], -1)
 
     def constants(
-        self, theta: Float[Tensor, "*B k"] | None = None, radius: float = 0.0, reach: float = math.inf
+        self, theta: Float[Tensor, "*B k"] | None = None, radius: float | None = None, reach: float = math.inf
     ) -> Constants:
         """Bounds in terms of ``U``, the largest ``|u|``; without `theta`, `radius` is U itself."""
+        radius = _reached(theta, radius)
         U = radius if theta is None else _norm(theta[..., : self.d]) + radius
         return Constants(
             F=U,
@@ -499,9 +509,10 @@ class TanhMLP(_MLP):
         return h, 1 - h * h
 
     def constants(
-        self, theta: Float[Tensor, "*B k"] | None = None, radius: float = 0.0, reach: float = math.inf
+        self, theta: Float[Tensor, "*B k"] | None = None, radius: float | None = None, reach: float = math.inf
     ) -> Constants:
         """Bounds in terms of ``|v|``, ``|a|`` and the states' norm; without `theta` both are at most `radius`."""
+        radius = _reached(theta, radius)
         v, a, _ = (None,) * 3 if theta is None else self._split(theta)
         V, W = (radius, radius) if theta is None else (_norm(v) + radius, _norm(a) + radius)
         lift = math.hypot(1.0, reach)
@@ -546,9 +557,10 @@ class ReluMLP(_MLP):
         return s.relu(), (s > 0).to(s.dtype)
 
     def constants(
-        self, theta: Float[Tensor, "*B k"] | None = None, radius: float = 0.0, reach: float = math.inf
+        self, theta: Float[Tensor, "*B k"] | None = None, radius: float | None = None, reach: float = math.inf
     ) -> Constants:
         """Bounds of the first derivatives where they exist; there are none for second derivatives."""
+        radius = _reached(theta, radius)
         v, a, b = (None,) * 3 if theta is None else self._split(theta)
         V, W = (radius, radius) if theta is None else (_norm(v) + radius, _norm(a) + radius)
         offset = radius if theta is None else b.abs() + radius
@@ -604,8 +616,9 @@ class Linear(Block):
         return p * (theta[..., 0] @ w)[:, None, None], (p * z).sum((1, 2))[:, None, None].expand_as(theta).clone()
 
     def constants(
-        self, theta: Float[Tensor, "*B 1"] | None = None, radius: float = 0.0, reach: float = math.inf
+        self, theta: Float[Tensor, "*B 1"] | None = None, radius: float | None = None, reach: float = math.inf
     ) -> Constants:
+        radius = _reached(theta, radius)
         T = radius if theta is None else theta[..., 0].abs() + radius
         one = 1.0 if theta is None else torch.ones_like(T)
         return Constants(T * reach, T, T * math.sqrt(self.d), one * reach, 0 * one, one, 0 * one)
@@ -657,8 +670,9 @@ class Bias(Block):
         return torch.zeros_like(z), p.sum(1)[:, None].expand_as(theta).clone()
 
     def constants(
-        self, theta: Float[Tensor, "*B d"] | None = None, radius: float = 0.0, reach: float = math.inf
+        self, theta: Float[Tensor, "*B d"] | None = None, radius: float | None = None, reach: float = math.inf
     ) -> Constants:
+        radius = _reached(theta, radius)
         T = radius if theta is None else _norm(theta) + radius
         one = 1.0 if theta is None else torch.ones_like(T)
         return Constants(T, 0 * one, 0 * one, one, 0 * one, 0 * one, 0 * one)
@@ -704,9 +718,10 @@ class Squares(Block):
         return ((rows[..., : self.d] * z[..., None, :]).sum(-1) + rows[..., self.d]).square()
 
     def constants(
-        self, theta: Float[Tensor, "*B k"] | None = None, radius: float = 0.0, reach: float = math.inf
+        self, theta: Float[Tensor, "*B k"] | None = None, radius: float | None = None, reach: float = math.inf
     ) -> Constants:
         """Bounds in terms of ``|theta|`` and the states' norm."""
+        radius = _reached(theta, radius)
         T = radius if theta is None else _norm(theta) + radius
         lift = math.hypot(1.0, reach)
         one = 1.0 if theta is None else torch.ones_like(T)
