@@ -55,7 +55,7 @@ def _propagators(A: float, draw: str) -> tuple[float, float]:
     return (_expm1(A) / A if A > 0 else 1.0), exp(A)
 
 
-def _noise(L: float, M: float, draw: str) -> float:
+def _noise(L: float | int, M: float | int, draw: str) -> float:
     if math.isinf(M):
         return 0.0
     return 1 / math.sqrt(M * L) if draw == "iid" and math.isfinite(L) else 1 / math.sqrt(M)
@@ -92,8 +92,8 @@ def stepwise(
     c: Constants,
     rbar: Sequence[float],
     h: float,
-    L: float,
-    M: float,
+    L: float | int,
+    M: float | int,
     *,
     R: float = 0.0,
     draw: str = "constant",
@@ -118,7 +118,7 @@ def stepwise(
 
 
 def closed_form(
-    c: Constants, rbar_0: float, S: float, L: float, M: float, *, kappa: float = 1.0
+    c: Constants, rbar_0: float, S: float, L: float | int, M: float | int, *, kappa: float = 1.0
 ) -> tuple[Coupling, float]:
     """The bound that needs no training: ``D(S) <= (N_M / sqrt(M) + N_L / L) (e^{K S} - 1) / K``.
 

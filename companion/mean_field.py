@@ -394,12 +394,15 @@ def coupling_bound(
     return Certificate("Coupling theorem", holds, tuple(rows), values, reason)
 
 
-def _sizes(c: Constants, rbar: list[float], h: float, epsilon: float, eta: float, options: dict) -> dict[str, int]:
+def _sizes(
+    c: Constants, rbar: list[float], h: float, epsilon: float, eta: float, options: dict
+) -> dict[str, float | int]:
     try:
         found = coupling.sizes(c, rbar, h, epsilon, eta, **options)
     except OverflowError:
         return {}
-    return {"L_needed": found.L, "M_needed": found.M}
+    # whole numbers where they can be counted
+    return {name: n if n < 2**53 else float(n) for name, n in (("L_needed", found.L), ("M_needed", found.M))}
 
 
 # --- zero loss, proved at one moment of training ----------------------------------------------------------------------
