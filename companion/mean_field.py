@@ -190,19 +190,18 @@ def isotonic_floor(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> float:
         raise ValueError(f"x and y have shapes {tuple(x.shape)} and {tuple(y.shape)}; both (n,), n >= 1, are needed")
     if not bool((torch.isfinite(x) & torch.isfinite(y)).all()):
         raise ValueError("x or y holds NaN or infinity; finite numbers are needed")
-    pools: list[tuple[float, int]] = []  # mean and count
-    last = math.nan
-    for a, b in sorted(zip(x.tolist(), y.tolist(), strict=True)):
-        mean, count = b, 1
-        # equal inputs are pooled whatever their targets; otherwise pool while the means decrease
-        while pools and ((a == last and count == 1) or pools[-1][0] >= mean):
-            before, m = pools.pop()
-            mean, count = (before * m + mean * count) / (m + count), m + count
-        pools.append((mean, count))
-        last = a
-    fitted = [mean for mean, count in pools for _ in range(count)]
-    order = sorted(zip(x.tolist(), y.tolist(), strict=True))
-    return 0.5 * sum((q - b) ** 2 for q, (_, b) in zip(fitted, order, strict=True)) / len(x)
+    levels, place = torch.unique(x, return_inverse=True)
+    counts = torch.bincount(place, minlength=len(levels))
+    means = torch.zeros(len(levels), dtype=y.dtype, device=y.device).index_add_(0, place, y) / counts
+    pools: list[tuple[float, int, int]] = []  # mean, samples, levels
+    for mean, count in zip(means.tolist(), counts.tolist(), strict=True):
+        wide = 1
+        while pools and pools[-1][0] > mean:
+            before, m, w = pools.pop()
+            mean, count, wide = (before * m + mean * count) / (m + count), m + count, wide + w
+        pools.append((mean, count, wide))
+    fitted = torch.tensor([mean for mean, _, wide in pools for _ in range(wide)], dtype=y.dtype, device=y.device)
+    return float((y - fitted[place]).square().sum()) / (2 * len(x))
 
 
 def crossing_ratio(block: Block, theta: Float[Tensor, "S L M k"]) -> Float[Tensor, " S"]:
@@ -514,7 +513,7 @@ def _distinct(X: Tensor, y: Tensor) -> tuple[Tensor, Tensor, tuple[int, int] | N
 
 
 def _search(
-    block: Block, theta: Tensor, weights: Tensor | None, at: _Local, n: int, kappa: float, factor: float, slack: float
+    block: Block, theta: Tensor, weights: Tensor | None, at: _Local, n: int, kappa: float, factor: int, slack: float
 ) -> tuple[Lipschitz, float]:
     """The smallest radius that no particle can leave, found from below, and the bounds within it; else infinity."""
     radius, reach, up = 0.0, at.reach, 1 + slack
