@@ -141,12 +141,34 @@ class Enclosure:
         P: unit adjoints ``(L + 1, n, d)``, ``P_L = v``.
         output: ``v.z_L`` ``(n,)``.
         J: ``sqrt(w_m / L) J_{i,lm}``, ``(n, L M k)``.
+        layers: the Jacobians ``I + (1/L) sum_m w_m d_z f`` of the layers ``(L, n, d, d)``, where asked for.
+        B: ``max_i ||d_theta f(z_l^i, theta_lm)||`` from above ``(L, M)``, where asked for.
+        kappa: ``|v|`` from below.
     """
 
     z: Interval
     P: Interval
     output: Interval
     J: Interval
+    layers: Interval | None = None
+    B: Tensor | None = None
+    kappa: float = 1.0
+
+    def local_bounds(self) -> tuple[float, float, Tensor]:
+        """Bound what `zero_loss.local_ball` needs: unit adjoints over kappa, products of layers, ``d_theta f``.
+
+        Returns:
+            ``max |P| / kappa``, the largest norm of a product of successive `layers`, and ``max_i ||d_theta f||``
+            ``(L, M)``, all from above.
+        """
+        largest, products = 1.0, self.layers[:0]
+        for l in range(self.layers.shape[0]):
+            layer = self.layers[l : l + 1]
+            grown = (layer.unsqueeze(-1) * products.unsqueeze(-3)).sum(-2)  # matrix products
+            products = cat([grown, layer], 0)
+            largest = max(largest, _norm_upper(products))
+        adjoint = float(self.P.square().sum(-1).sqrt().hi.max()) / self.kappa
+        return verified.round_up(adjoint, 4), largest, self.B
 
     def bounds(self, y: Float[Tensor, " n"], counts: Int[Tensor, " n"]) -> tuple[float, float, float, float]:
         """Bound the residual norm, ``lambda_min`` and ``lambda_max`` of ``J J^T``, and the largest norm of a state.
@@ -179,6 +201,8 @@ def enclose(
     X: Float[Tensor, "n d"],
     v: Float[Tensor, " d"],
     weights: Float[Tensor, " M"] | None = None,
+    *,
+    local: bool = False,
 ) -> Enclosure:
     """Run the net and its adjoint in interval arithmetic, for the stored numbers as they are.
 
@@ -188,6 +212,7 @@ def enclose(
         X: inputs ``(n, d)``.
         v: the readout ``(d,)``.
         weights: ``(M,)``; None for ``1/M``.
+        local: also the Jacobians of the layers and ``||d_theta f||``.
 
     Returns:
         An `Enclosure`.
@@ -221,7 +246,37 @@ def enclose(
         P.append(P[-1] + (back * column).sum(1))
     z, adjoints = (_stack(list(part)) for part in (states, reversed(P)))
     output = (z[-1] * point(v)).sum(-1)
-    return Enclosure(z, adjoints, output, cat(rows[::-1], 1))
+    J = cat(rows[::-1], 1)
+    if not local:
+        return Enclosure(z, adjoints, output, J)
+    kappa = float(point(v).square().sum(0).sqrt().lo)
+    return Enclosure(z, adjoints, output, J, *_derivatives(block, z, theta, column), kappa)
+
+
+def _derivatives(block: Block, z: Interval, theta: Tensor, column: Interval) -> tuple[Interval, Tensor]:
+    """The Jacobians of the layers ``(L, n, d, d)``, and the largest Frobenius norm of ``d_theta f`` ``(L, M)``."""
+    products, n, d = _FORMULAS[type(block)][1], z.shape[1], z.shape[2]
+    eye = torch.eye(d, dtype=theta.dtype)
+    layers, B = [], []
+    for l, particles in enumerate(theta):
+        rows, squares = [], None
+        for a in range(d):  # component a of f
+            back, each = products(block, z[l].unsqueeze(1), particles, point(eye[a].expand(n, 1, d)))
+            rows.append((back * column).sum(1) + point(eye[a]))
+            square = each.square().sum(-1)
+            squares = square if squares is None else squares + square
+        layers.append(_stack(rows))  # (d, n, d)
+        B.append(squares.sqrt().hi.amax(0))
+    stacked = _stack(layers)
+    return Interval(stacked.lo.transpose(1, 2), stacked.hi.transpose(1, 2)), torch.stack(B)
+
+
+def _norm_upper(A: Interval) -> float:
+    """The largest spectral norm of enclosed matrices: ``min(||A||_F, sqrt(||A||_1 ||A||_inf))``, rounded up."""
+    size = A.magnitude()
+    frobenius = size.square().sum((-2, -1)).sqrt()
+    mixed = (size.sum(-2).amax(-1) * size.sum(-1).amax(-1)).sqrt()
+    return float(torch.minimum(frobenius, mixed).max()) * (1 + verified.gamma(4 * A.shape[-1] ** 2 + 16))
 
 
 def _stack(parts: list[Interval]) -> Interval:

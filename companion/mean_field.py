@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -34,7 +32,6 @@ from companion.blocks import (
     TanhMLP,
 )
 from companion.certificate import Assumption, Certificate, assumed, compare
-from companion.enclosures import enclose
 from companion.particles import (
     Flow,
     check_data,
@@ -46,6 +43,7 @@ from companion.particles import (
 )
 from companion.resnets import adjoint, forward, init_particles, monitors, rescaled_gradient, train
 from companion.transport import DensityFlow, fv_flow
+from companion.zero_loss import SLACK, Centre, centre, gram_kernel, lipschitz_bound, local_ball, uniform_ball
 
 __all__ = [
     "RBF", "BallBump", "Bias", "Block", "Constants", "Custom", "DensityFlow", "Flow", "GaussBump", "Linear", "ReluMLP",
@@ -55,7 +53,6 @@ __all__ = [
     "train",
 ]  # fmt: skip
 
-SLACK = 1e-10  # certified level: covers the roundings of sums and formulas of up to 10^5 nonnegative numbers
 _ROUNDS = 500  # of the search for the radius that one particle cannot leave
 
 
@@ -111,39 +108,6 @@ def first_variation_sup(
     bumps = torch.exp(-0.5 * torch.cdist(z, (block.R * c).expand(len(z), -1, -1)).square())  # (S, n, Q)
     phi = torch.einsum("snq,snd->sqd", bumps, p) / z.shape[1]
     return (room * torch.linalg.vector_norm(phi, dim=-1)).amax(1)
-
-
-def gram_kernel(
-    block: Block,
-    theta: Float[Tensor, "S L M k"],
-    X: Float[Tensor, "n d"],
-    v: Float[Tensor, " d"],
-    weights: Float[Tensor, " M"] | None = None,
-) -> Float[Tensor, "S n n"]:
-    """Compute ``K_ij = (1/L) sum_lm w_m J_{i,lm}.J_{j,lm}``, ``J_{i,lm} = d_theta f(z_l^i, theta_lm)^T P_{l+1}^i``.
-
-    P is the unit adjoint, ``P_L = v``. Under the flow ``dr/ds = -(1/n) K r``, so that ``dE/ds = -r.K r / n^2``. Rows of
-    J are made layer by layer.
-
-    Args:
-        block: the block.
-        theta: particles ``(S, L, M, k)``.
-        X: inputs ``(n, d)``.
-        v: the readout.
-        weights: ``(M,)``, sum 1; None for ``1/M``.
-
-    Returns:
-        ``(S, n, n)``, symmetric.
-    """
-    S, L, M, _ = theta.shape
-    z, P = adjoint(block, theta, X, v.expand(S, *X.shape).contiguous(), weights)
-    share = theta.new_full((M,), 1 / M) if weights is None else weights
-    scale = (share / L).sqrt()[:, None]
-    K = theta.new_zeros(S, len(X), len(X))
-    for layer in range(L):
-        J = (block.rows(z[layer], theta[:, layer], P[layer + 1]) * scale).flatten(2)
-        K.baddbmm_(J, J.mT)
-    return K
 
 
 def depth_regularity(
@@ -286,7 +250,7 @@ def _law_constants(
         found = _largest(block.constants(theta, radius, reach))
         moved = S * found.B * kappa * coupling.exp(found.A) * math.sqrt(2 * E_0)
         far = start + found.F
-        if not (math.isfinite(moved) and math.isfinite(far)):
+        if not max(moved, far) < 1e60:  # powers of it are still floats
             break
         if moved <= radius and far <= reach:
             return found, f"within {radius:.3g} of the initial particles"
@@ -407,99 +371,6 @@ def _sizes(
 # --- zero loss, proved at one moment of training ----------------------------------------------------------------------
 
 
-class Lipschitz(NamedTuple):
-    """How the Jacobian J of the outputs moves within a ball around a net; norms of particles are means over the net.
-
-    ``||J - J'|| <= Lambda ||Theta - Theta'||_*`` and ``||J|| <= beta``, where ``||Theta||_*^2 = (1/L) sum_lm w_m
-    |theta_lm|^2`` and J has the rows of `gram_kernel`. ``growth = e^A`` bounds the propagators, ``B`` is the root mean
-    square and ``B_max`` the maximum of ``||d_theta f||``.
-    """
-
-    Lambda: float
-    beta: float
-    growth: float
-    B: float
-    B_max: float
-
-
-def lipschitz_bound(
-    block: Block,
-    theta: Float[Tensor, "L M k"],
-    n: int,
-    kappa: float = 1.0,
-    *,
-    radius: float = 0.0,
-    reach: float = math.inf,
-    weights: Float[Tensor, " M"] | None = None,
-    slack: float = 0.0,
-) -> Lipschitz:
-    """``Lambda = sqrt(n) kappa e^A (H_zz phi B^2 + H_zt B (1 + phi) + H_tt)``, ``beta = sqrt(n) kappa B e^A``.
-
-    The smaller of two: with means of A and ``H_zz``, root mean squares of B and ``H_zt``, the maximum of ``H_tt`` and
-    ``phi = e^A``; or with maxima throughout and ``phi^2 = (e^{2A} - 1) / 2A``.
-
-    Args:
-        block: the block.
-        theta: one network ``(L, M, k)``.
-        n: number of samples.
-        kappa: norm of the readout.
-        radius: the ball: every particle within `radius` of its place.
-        reach: a bound on the states, where the block's constants need one.
-        weights: ``(M,)``, sum 1; None for ``1/M``.
-        slack: relative allowance for rounding.
-
-    Returns:
-        `Lipschitz`; infinite where the block's constants are.
-
-    Source: derived in lesson 2.
-    """
-    M = theta.shape[1]
-    share = theta.new_full((M,), 1 / M) if weights is None else weights
-    c, up = block.constants(theta, radius, reach), 1 + slack
-
-    def mean(value: Tensor, power: int = 1) -> float:
-        return float((value**power @ share).mean()) ** (1 / power) * up
-
-    def bounds(A: float, H_zz: float, B: float, H_zt: float, phi: float) -> tuple[float, float]:
-        size = math.sqrt(n) * kappa * coupling.exp(A) * up
-        return size * (H_zz * phi * B**2 + H_zt * B * (1 + phi) + H_tt) * up, size * B * up
-
-    H_tt, top = float(c.H_thetatheta.max()) * up, _largest(c)
-    A, B = mean(c.A), mean(c.B, 2)
-    growth = coupling.exp(A) * up
-    by_means = bounds(A, mean(c.H_zz), B, mean(c.H_ztheta, 2), growth)
-    A_top = top.A * up
-    phi = math.sqrt((coupling.exp(2 * A_top) - 1) / (2 * A_top)) * up**2 if A_top > 1e-3 else coupling.exp(A_top) * up
-    by_maxima = bounds(A_top, top.H_zz * up, top.B * up, top.H_ztheta * up, phi)
-    return Lipschitz(min(by_means[0], by_maxima[0]), min(by_means[1], by_maxima[1]), growth, B, top.B * up)
-
-
-@dataclass(frozen=True)
-class _Local:
-    """One net: residual norm (upper), extreme eigenvalues of K (lower, upper), largest state norm (upper)."""
-
-    r: float
-    lam: float
-    top: float
-    reach: float
-
-
-def _local(
-    block: Block, theta: Tensor, X: Tensor, y: Tensor, v: Tensor, weights: Tensor | None, counts: Tensor, level: str
-) -> _Local:
-    """Samples that occur several times count as one, with the root of their number as its weight."""
-    if level == "certified":
-        return _Local(*enclose(block, theta, X, v, weights).bounds(y, counts))
-    root = counts.to(X).sqrt()
-    states = forward(block, theta[None], X, weights)
-    r = (states[-1, 0] @ v - y) * root
-    K = gram_kernel(block, theta[None], X, v, weights)[0] * root * root[:, None]
-    values = torch.linalg.eigvalsh(K)
-    lam, top = float(values[0]), float(values[-1])
-    lam = lam if lam > 1e-14 * len(X) * top else 0.0  # below that, only round-off
-    return _Local(float(torch.linalg.vector_norm(r)), lam, top, float(torch.linalg.vector_norm(states, dim=-1).max()))
-
-
 def _distinct(X: Tensor, y: Tensor) -> tuple[Tensor, Tensor, tuple[int, int] | None]:
     """Indices of the distinct inputs, how often each occurs, and the first equal pair with different targets."""
     first: dict[tuple[float, ...], int] = {}
@@ -512,23 +383,6 @@ def _distinct(X: Tensor, y: Tensor) -> tuple[Tensor, Tensor, tuple[int, int] | N
     return torch.tensor(list(counts)), torch.tensor(list(counts.values())), None
 
 
-def _search(
-    block: Block, theta: Tensor, weights: Tensor | None, at: _Local, n: int, kappa: float, factor: int, slack: float
-) -> tuple[Lipschitz, float]:
-    """The smallest radius that no particle can leave, found from below, and the bounds within it; else infinity."""
-    radius, reach, up = 0.0, at.reach, 1 + slack
-    for _ in range(_ROUNDS):
-        ball = lipschitz_bound(block, theta, n, kappa, radius=radius, reach=reach, weights=weights, slack=slack)
-        path = factor * math.sqrt(n) * kappa * ball.B_max * ball.growth * at.r / at.lam * up
-        far = (at.reach + ball.growth * ball.B * radius) * up
-        if not (math.isfinite(path) and math.isfinite(far)):
-            break
-        if path <= radius and far <= reach:
-            return ball, radius
-        radius, reach = max(radius, path * (1 + 1e-5)), max(reach, far * (1 + 1e-5))
-    return Lipschitz(*[math.inf] * 5), math.inf
-
-
 def certify_zero_loss(
     block: Block,
     theta: Float[Tensor, "*S L M k"],
@@ -538,6 +392,7 @@ def certify_zero_loss(
     *,
     step: float | None = None,
     weights: Float[Tensor, " M"] | None = None,
+    constants: str = "uniform",
     level: str = "measured",
 ) -> Certificate:
     """From these particles on, gradient descent brings the loss to zero: ``E_j <= (1 - h lambda / 4n)^j E_0``.
@@ -555,6 +410,8 @@ def certify_zero_loss(
         v: the readout.
         step: h of gradient descent on the rescaled gradient; None for the flow.
         weights: ``(M,)``, sum 1; None for ``1/M``.
+        constants: ``"uniform"``, the block's constants alone; ``"local"``, the propagators and derivatives of this net
+            and how far they can move, which shows more and costs ``L^2`` products of ``d x d`` matrices.
         level: ``"measured"``, or ``"certified"``: states, adjoints and the Jacobian in interval arithmetic, every
             conversion rounded outward. The theorem is then one about gradient descent in exact arithmetic from these
             stored numbers.
@@ -571,21 +428,24 @@ def certify_zero_loss(
 
     Raises:
         TypeError, ValueError: bad data (NaN, float32, wrong shapes), weights not summing to 1, a step that is not
-            positive, an unknown level; ``"certified"`` for a block without interval formulas or a net too large.
+            positive, an unknown level or choice of constants; ``"certified"`` for a block without interval formulas or
+            a net too large.
 
     Source: the theorem on zero loss at finite size, derived in lesson 2.
     """
     theta = _checked(block, theta, X, y, v, step, weights, level)
+    if constants not in ("uniform", "local"):
+        raise ValueError(f"constants is {constants!r}; 'uniform' or 'local' is needed")
     kept, counts, clash = _distinct(X, y)
     if clash is not None:
         row = Assumption("equal inputs have equal targets", False, "is", True, "exact", False)
         return Certificate(_name(step), False, (row,), {}, f"duplicate_inputs ({clash[0]},{clash[1]})")
     _warn_order(block, X, y, v, theta)
     kappa = float(torch.linalg.vector_norm(v)) * (1 + (SLACK if level == "certified" else 0))
-    made = []
+    made, options = [], {"local": constants == "local", "certified": level == "certified"}
     for net in theta:
-        at = _local(block, net, X[kept], y[kept], v, weights, counts, level)
-        made.append(_certificate(block, net, at, len(X), kappa, step, weights, level))
+        at = centre(block, net, X[kept], y[kept], v, counts=counts, weights=weights, **options)
+        made.append(_certificate(block, net, at, len(X), kappa, step, weights, **options))
     if len(made) == 1:
         return made[0]
     front = next((c for c in made if not c.holds), made[0])
@@ -624,15 +484,20 @@ def _checked(
 def _certificate(
     block: Block,
     theta: Tensor,
-    at: _Local,
+    at: Centre,
     n: int,
     kappa: float,
     step: float | None,
     weights: Tensor | None,
-    level: str,
+    local: bool,
+    certified: bool,
 ) -> Certificate:
     """The rows, the quantities and the reason for one network."""
-    slack, factor = (SLACK if level == "certified" else 0.0), (4 if step is None else 8)
+    slack, factor, level = (
+        SLACK if certified else 0.0,
+        4 if step is None else 8,
+        "certified" if certified else "measured",
+    )
     up = 1 + slack
     values = {"lambda": at.lam, "E_0": at.r**2 / (2 * n), "residual": at.r}
     rows = [
@@ -641,10 +506,12 @@ def _certificate(
     ]
     if not rows[-1].holds:
         return Certificate(_name(step), False, tuple(rows), values, f"kernel_singular: λ = {at.lam:.3g}")
-    ball, radius = _search(block, theta, weights, at, n, kappa, factor, slack)
-    rows.append(compare("R_s, which no particle can leave", radius, "<", math.inf, level))
+    search = local_ball if local else uniform_ball
+    ball = search(block, theta, at, n, kappa, factor=factor, weights=weights, slack=slack)
+    rows.append(compare("R_s, which no particle can leave", ball.radius, "<", math.inf, level))
     if not rows[-1].holds:
-        return Certificate(_name(step), False, tuple(rows), values, "radius_diverged: no radius is left by no particle")
+        reason = "radius_diverged: no radius is left by no particle"
+        return Certificate(_name(step), False, tuple(rows), values, reason)
     beta = min(ball.beta, (math.sqrt(at.top) + math.sqrt(at.lam) / 2) * up)
     lead = factor * ball.Lambda * at.r * up
     h_max = n / (beta**2 + ball.Lambda * at.r) * (1 - slack)
@@ -654,7 +521,7 @@ def _certificate(
         "ratio": lead / at.lam,
         "rate": (at.lam / (2 * n) if step is None else step * at.lam / (4 * n)) * (1 - slack),
         "movement": factor / 2 * at.r / math.sqrt(at.lam) * up,
-        "R_s": radius,
+        "R_s": ball.radius,
         "beta": beta,
     }
     if step is not None:
