@@ -251,10 +251,45 @@ def test_the_sizes_needed_are_enough():
     assert error < 3e-4
 
 
+def test_errors_fall_like_one_over_depth_and_one_over_the_root_of_width():
+    block, y = GaussBump(1.5), torch.tensor([-1.5, -1.0, 0.1, 1.5], dtype=F64)
+    theta, weights = mf.density_rule(GaussBump.density, (-3.0, 3.0), 48)
+    flow = mf.limit_flow(block, LINE, y, ONE, theta, weights, times=[2.0], step=0.05, method="gd")
+
+    def trained(particles, w=None):
+        run = mf.train(block, particles, LINE, y, ONE, 0.05, 40, weights=w, every=40, progress=False)
+        return mf.forward(block, run.weights[0], LINE, w)[-1]
+
+    depths = (4, 8, 16, 32, 64, 128)
+    errors = [float((trained(theta.expand(1, L, -1, -1).clone(), weights) - flow.Z[0, -1]).norm()) for L in depths]
+    slopes = np.diff(np.log2(errors))
+    assert np.all(np.abs(slopes + 1) < 0.05)
+    assert errors[0] == pytest.approx(0.0123, abs=2e-4)
+    exact = trained(theta.expand(1, 16, -1, -1).clone(), weights)
+    for depth, at_16, at_64 in (("constant", 0.0945, 0.0464), ("iid", 0.0239, 0.0116)):
+        rms = []
+        for M in (16, 64):
+            particles = mf.init_particles(block, 16, M, S=480, depth=depth, generator=seeded(1))
+            rms.append(float((trained(particles) - exact).square().mean().sqrt()))
+        assert rms == pytest.approx([at_16, at_64], rel=0.1)
+        assert math.log2(rms[1] / rms[0]) / 2 == pytest.approx(-0.5, abs=0.07)
+
+
+def test_the_regulariser_lifts_the_loss_of_a_net_before_it_fades():
+    block, y = GaussBump(1.5), torch.tensor([-1.5, -1.0, 0.1, 1.5], dtype=F64)
+    theta, weights = mf.density_rule(GaussBump.density, (-3.0, 3.0), 64)
+    start = theta.expand(1, 16, -1, -1).clone()
+    options = {"weights": weights, "every": 40, "decay": lambda s: math.exp(-s), "progress": False}
+    loss = mf.train(block, start, LINE, y, ONE, 0.05, 800, **options).loss[:, 0]
+    assert loss[[0, 1, 5, 20]].tolist() == pytest.approx([0.078, 0.087, 0.0040, 0.00056], rel=0.03)
+
+
 def test_the_main_block_needs_other_theorems():
     rule = mf.normal_rule(4, 3)
     found = mf.coupling_bound(BallBump(2), PLANE, PLANE_Y, E1, *rule, S=1.0, step=0.25, L=32, M=1024, epsilon=0.1)
     assert found.quantities["exponent"] == pytest.approx(3.4e3, rel=0.01)
+    assert found.quantities["A"] == pytest.approx(2.74 * math.exp(-0.5), abs=0.01)
+    assert "|u| <= 2.73" in found.assumptions[0].name
     assert found.quantities["E_0"] == pytest.approx(1.0675, abs=1e-12)
     assert not found.holds
     short_time = mf.coupling_bound(BallBump(2), PLANE, PLANE_Y, E1, *rule, S=0.01, step=0.005, L=1000, M=10**6)
