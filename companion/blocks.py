@@ -529,9 +529,9 @@ class TanhMLP(_MLP):
     def hypotheses(self) -> tuple[Hypothesis, ...]:
         return _audit(
             ("yes", "smooth in z and theta"),
-            ("yes", "bounded for bounded v; derivatives grow like |theta| and |z|"),
+            ("no", "second derivatives grow like the square of the inner weights, however small v"),
             ("yes", "two-layer networks are dense"),
-            ("no" if self.d > 1 else "yes", "f is linear in v, which has d coordinates"),
+            ("no", "tanh(a . z + b) is not Lipschitz in z uniformly in a"),
             ("no" if self.d > 1 else "yes", f"k_1 = {self.d}, where the theorem has 1"),
             ("no", "the law is not concentrated on bounded v"),
             ("not checkable", "at infinity tanh(a . z + b) tends to a sign, which jumps"),
@@ -738,7 +738,7 @@ class Squares(Block):
     def hypotheses(self) -> tuple[Hypothesis, ...]:
         return _audit(
             ("yes", "a polynomial"),
-            ("yes", "quadratic in z only where z is bounded; the derivatives grow like |theta|"),
+            ("no", "f grows like |z|^2"),
             ("no", "the averages are polynomials of degree 2, and nonnegative"),
             ("yes", "2-homogeneous, the other case of the theory: there universality must fail"),
             ("no", "k_1 = k"),
