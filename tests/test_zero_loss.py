@@ -2,11 +2,13 @@
 
 import math
 
+import mpmath
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from companion import blocks
 from companion.blocks import RBF, BallBump, Bias, GaussBump, Linear, TanhMLP
 from companion.resnets import forward, rescaled_gradient
 from companion.zero_loss import centre, gram_kernel, lipschitz_bound, local_ball, uniform_ball
@@ -193,3 +195,14 @@ def test_states_that_move_are_within_the_reach_of_unbounded_blocks():
     at = at._replace(lam=max(at.lam, 0.1))
     for search in (local_ball, uniform_ball):
         assert math.isfinite(search(Linear(1), theta[0], at, 2, float(v.norm()), factor=8).Lambda)
+
+
+def test_the_constants_written_as_decimals_are_rounded_up():
+    mpmath.mp.prec = 200
+    s2 = 3 - mpmath.sqrt(6)
+    gauss = mpmath.sqrt(s2) * (3 - s2) * mpmath.exp((1 - s2) / 2)
+    tanh = 4 / (3 * mpmath.sqrt(3))
+    chart = 3 * mpmath.sqrt(mpmath.mpf(1) / 5) * (mpmath.mpf(4) / 5) ** 2
+    found = (blocks._GAUSS_H, blocks._TANH_H, blocks._BALL_H)
+    for value, exact in zip(found, (gauss, tanh, chart), strict=True):
+        assert exact <= mpmath.mpf(value) <= exact * (1 + mpmath.mpf(10) ** -4)
