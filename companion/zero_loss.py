@@ -20,7 +20,7 @@ from torch import Tensor
 
 from companion.blocks import Block
 from companion.coupling import exp
-from companion.enclosures import enclose
+from companion.net_enclosures import enclose
 from companion.particles import derivative
 from companion.resnets import adjoint
 
