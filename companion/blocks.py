@@ -2,177 +2,41 @@
 
 A block knows its function and how to multiply by its derivatives, the constants that the theorems of lesson 2 need, and
 which of their hypotheses it satisfies.  States are ``z (S, n, d)``, one layer's particles ``theta (S, M, k)`` with
-weights ``w (M,)``.  A block of one's own is a subclass of `Block` with `f` alone (`Custom` makes one from a plain
-function): everything else then comes from automatic differentiation, only slower.
+weights ``w (M,)``.  `companion.block_base` says what a block of one's own must give.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from companion.block_base import (
+    HYPOTHESES,
+    Block,
+    Constants,
+    Custom,
+    Hypothesis,
+    audit,
+    check_dimension,
+    check_positive,
+    largest,
+    norm,
+    reached,
+)
+
+__all__ = [
+    "HYPOTHESES", "RBF", "BallBump", "Bias", "Block", "Constants", "Custom", "GaussBump", "Hypothesis", "Linear",
+    "ReluMLP", "Squares", "TanhMLP",
+]  # fmt: skip
+
 _SQRT_E = math.exp(0.5)
 _GAUSS_H = 2.275432  # max |(3 s - s^3) exp((1 - s^2) / 2)|, at s^2 = 3 - sqrt(6), rounded up
 _TANH_H = 0.769801  # max |tanh''| = 4 / (3 sqrt(3)), rounded up
 _BALL_H = 0.8587  # bound of the second derivative of the chart omega -> omega / sqrt(1 + |omega|^2)
-
-
-@dataclass(frozen=True)
-class Constants:
-    """Bounds of a block and its derivatives, as numbers or as one number for each particle.
-
-    Args:
-        F: of ``|f|``.
-        A: of ``||d_z f||``.
-        A_F: of the Frobenius norm of ``d_z f``.
-        B: of ``||d_theta f||``.
-        H_zz: of the second derivative in z, as a bilinear form.
-        H_ztheta: of the mixed one.
-        H_thetatheta: of the second derivative in theta.
-    """
-
-    F: float | Tensor
-    A: float | Tensor
-    A_F: float | Tensor
-    B: float | Tensor
-    H_zz: float | Tensor
-    H_ztheta: float | Tensor
-    H_thetatheta: float | Tensor
-
-
-class Hypothesis(NamedTuple):
-    """One line of the audit of a block.
-
-    Args:
-        name: the hypothesis.
-        answer: ``"yes"``, ``"no"`` or ``"not checkable"``.
-        why: one sentence.
-    """
-
-    name: str
-    answer: str
-    why: str
-
-
-HYPOTHESES = ("C2", "growth", "universality", "homogeneity", "k_1", "separation", "Sard")
-
-
-def _largest(a: float | Tensor, c: float | Tensor) -> float | Tensor:
-    """The largest value of ``2 a x y + c y^2`` on ``x^2 + y^2 = 1``, for ``a, c >= 0``."""
-    return (c + (c * c + 4 * a * a) ** 0.5) / 2
-
-
-class Block:
-    """A block ``f(z, theta)``: a subclass gives `d`, `k` and `f`; the rest has a default by automatic differentiation.
-
-    Args (as attributes):
-        d: the dimension of the state.
-        k: the number of parameters of a particle.
-    """
-
-    d: int
-    k: int
-
-    @property
-    def name(self) -> str:
-        """How the block is called in tables."""
-        return type(self).__name__
-
-    def f(self, z: Float[Tensor, "*#B d"], theta: Float[Tensor, "*#B k"]) -> Float[Tensor, "*B d"]:
-        """The function itself, entry by entry over broadcast leading axes: the definition, and the tests' oracle."""
-        raise NotImplementedError
-
-    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Float[Tensor, "*B k"]:
-        """Draw particles from the block's initial law, ``(*shape, k)`` in float64; normal by default."""
-        return torch.randn(*shape, self.k, generator=generator, dtype=torch.float64)
-
-    def mean_field(
-        self, z: Float[Tensor, "S n d"], theta: Float[Tensor, "S M k"], w: Float[Tensor, " M"]
-    ) -> Float[Tensor, "S n d"]:
-        """``sum_m w_m f(z_i, theta_m)``."""
-        return torch.einsum("snmd,m->snd", self.f(z[:, :, None], theta[:, None]), w)
-
-    def pull(
-        self,
-        z: Float[Tensor, "S n d"],
-        theta: Float[Tensor, "S M k"],
-        w: Float[Tensor, " M"],
-        p: Float[Tensor, "S n d"],
-    ) -> tuple[Float[Tensor, "S n d"], Float[Tensor, "S M k"]]:
-        """``p_i^T sum_m w_m d_z f(z_i, theta_m)``, and for each particle ``sum_i p_i^T d_theta f(z_i, theta_m)``.
-
-        The second is without the weight: it is the gradient with respect to the law at ``theta_m``.
-        """
-        with torch.enable_grad():
-            z, theta = z.detach().requires_grad_(), theta.detach().requires_grad_()
-            pairs = torch.einsum("snmd,snd->snm", self.f(z[:, :, None], theta[:, None]), p)
-            (back,) = torch.autograd.grad((pairs * w).sum(), z, retain_graph=True, materialize_grads=True)
-            (grads,) = torch.autograd.grad(pairs.sum(), theta, materialize_grads=True)
-        return back, grads
-
-    def rows(
-        self, z: Float[Tensor, "S n d"], theta: Float[Tensor, "S M k"], p: Float[Tensor, "S n d"]
-    ) -> Float[Tensor, "S n M k"]:
-        """``p_i^T d_theta f(z_i, theta_m)`` for each sample: the layer's part of the Jacobian."""
-        with torch.enable_grad():
-            shape = (*z.shape[:2], *theta.shape[1:])
-            each = theta.detach()[:, None].expand(shape).clone().requires_grad_()
-            pairs = torch.einsum("snmd,snd->snm", self.f(z[:, :, None], each), p)
-            return torch.autograd.grad(pairs.sum(), each, materialize_grads=True)[0]
-
-    def constants(
-        self, theta: Float[Tensor, "*B k"] | None = None, radius: float | None = None, reach: float = math.inf
-    ) -> Constants:
-        """Bounds for all ``|z| <= reach`` and all parameters, or for each particle within `radius` of `theta`.
-
-        Args:
-            theta: particles, or None.
-            radius: how far a particle may be from `theta`, None for 0; without `theta` how large parameters may be
-                (`BallBump`, `RBF`: only u), None for no limit: the bounds are infinite where there are none.
-            reach: bound of the states' norm; only some blocks need it.
-
-        Returns:
-            Numbers without `theta`, tensors ``(*B,)`` with it.
-        """
-        unknown = math.inf if theta is None else theta.new_full(theta.shape[:-1], math.inf)
-        return Constants(*[unknown] * 7)
-
-    def hypotheses(self) -> tuple[Hypothesis, ...]:
-        """The audit of the block and its initial law against the hypotheses of the theorems, in fixed order."""
-        return _audit(*[("not checkable", "the block is a function without a formula")] * 7)
-
-
-def _audit(*rows: tuple[str, str]) -> tuple[Hypothesis, ...]:
-    return tuple(Hypothesis(name, *row) for name, row in zip(HYPOTHESES, rows, strict=True))
-
-
-def _dimension(d: int, least: int = 1) -> None:
-    if isinstance(d, bool) or not isinstance(d, int):
-        raise TypeError(f"d is {d!r}; an integer is needed")
-    if d < least:
-        raise ValueError(f"d is {d}; an integer >= {least} is needed")
-
-
-def _positive(name: str, value: float) -> None:
-    if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} is {value!r}; a positive finite number is needed")
-
-
-def _reached(theta: Tensor | None, radius: float | None) -> float:
-    """The radius that is meant when none is given: 0 around particles, no limit without them."""
-    if radius is None:
-        return math.inf if theta is None else 0.0
-    return radius
-
-
-def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1)
 
 
 @dataclass(frozen=True)
@@ -191,8 +55,8 @@ class BallBump(Block):
     R: float = 3.0
 
     def __post_init__(self) -> None:
-        _dimension(self.d)
-        _positive("R", self.R)
+        check_dimension(self.d)
+        check_positive("R", self.R)
 
     @property
     def k(self) -> int:
@@ -263,7 +127,7 @@ class BallBump(Block):
         self, theta: Float[Tensor, "*B k"] | None = None, radius: float | None = None, reach: float = math.inf
     ) -> Constants:
         """Bounds in terms of ``U``, the largest ``|u|``, for all z, omega; without `theta`, `radius` is U itself."""
-        radius = _reached(theta, radius)
+        radius = reached(theta, radius)
         U = radius if theta is None else theta[..., 0].abs() + radius
         R2 = self.R**2
         beta = R2 * math.exp(1 / R2 - 1) if self.R >= 1 else 1.0
@@ -275,11 +139,11 @@ class BallBump(Block):
             B=(1 + U * U * beta) ** 0.5,
             H_zz=U,
             H_ztheta=(1 / math.e + U * U * (1 / math.e + R2)) ** 0.5,
-            H_thetatheta=_largest(math.sqrt(beta), U * H),
+            H_thetatheta=largest(math.sqrt(beta), U * H),
         )
 
     def hypotheses(self) -> tuple[Hypothesis, ...]:
-        return _audit(
+        return audit(
             ("yes", "smooth in z, u and omega"),
             ("yes", "bounded for bounded |u|, uniformly in z and omega"),
             ("yes", "Gaussians with centres in a ball, times polynomials as limits, are dense"),
@@ -304,7 +168,7 @@ class GaussBump(Block):
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        _positive("alpha", self.alpha)
+        check_positive("alpha", self.alpha)
 
     @property
     def d(self) -> int:
@@ -364,7 +228,7 @@ class GaussBump(Block):
         return Constants(F, A, A, A, H, H, H)
 
     def hypotheses(self) -> tuple[Hypothesis, ...]:
-        return _audit(
+        return audit(
             ("yes", "smooth in z and theta"),
             ("yes", "bounded with all derivatives"),
             ("no", "one particle moves a state by at most alpha; the averages are bounded and not dense"),
@@ -386,7 +250,7 @@ class RBF(Block):
     d: int
 
     def __post_init__(self) -> None:
-        _dimension(self.d)
+        check_dimension(self.d)
 
     @property
     def k(self) -> int:
@@ -427,8 +291,8 @@ class RBF(Block):
         self, theta: Float[Tensor, "*B k"] | None = None, radius: float | None = None, reach: float = math.inf
     ) -> Constants:
         """Bounds in terms of ``U``, the largest ``|u|``; without `theta`, `radius` is U itself."""
-        radius = _reached(theta, radius)
-        U = radius if theta is None else _norm(theta[..., : self.d]) + radius
+        radius = reached(theta, radius)
+        U = radius if theta is None else norm(theta[..., : self.d]) + radius
         return Constants(
             F=U,
             A=U / _SQRT_E,
@@ -436,11 +300,11 @@ class RBF(Block):
             B=(1 + U * U / math.e) ** 0.5,
             H_zz=U,
             H_ztheta=(1 / math.e + U * U) ** 0.5,
-            H_thetatheta=_largest(1 / _SQRT_E, U),
+            H_thetatheta=largest(1 / _SQRT_E, U),
         )
 
     def hypotheses(self) -> tuple[Hypothesis, ...]:
-        return _audit(
+        return audit(
             ("yes", "smooth in z and theta"),
             ("yes", "bounded for bounded |u|"),
             ("yes", "Gaussians with all centres are dense"),
@@ -502,7 +366,7 @@ class TanhMLP(_MLP):
     d: int
 
     def __post_init__(self) -> None:
-        _dimension(self.d)
+        check_dimension(self.d)
 
     def _sigma(self, s: Tensor) -> tuple[Tensor, Tensor]:
         h = torch.tanh(s)
@@ -512,9 +376,9 @@ class TanhMLP(_MLP):
         self, theta: Float[Tensor, "*B k"] | None = None, radius: float | None = None, reach: float = math.inf
     ) -> Constants:
         """Bounds in terms of ``|v|``, ``|a|`` and the states' norm; without `theta` both are at most `radius`."""
-        radius = _reached(theta, radius)
+        radius = reached(theta, radius)
         v, a, _ = (None,) * 3 if theta is None else self._split(theta)
-        V, W = (radius, radius) if theta is None else (_norm(v) + radius, _norm(a) + radius)
+        V, W = (radius, radius) if theta is None else (norm(v) + radius, norm(a) + radius)
         lift = math.hypot(1.0, reach)
         return Constants(
             F=V,
@@ -523,11 +387,11 @@ class TanhMLP(_MLP):
             B=(1 + V * V * lift**2) ** 0.5,
             H_zz=_TANH_H * V * W * W,
             H_ztheta=(W * W + (V * (_TANH_H * W * lift + 1)) ** 2) ** 0.5,
-            H_thetatheta=_largest(lift, _TANH_H * V * lift**2),
+            H_thetatheta=largest(lift, _TANH_H * V * lift**2),
         )
 
     def hypotheses(self) -> tuple[Hypothesis, ...]:
-        return _audit(
+        return audit(
             ("yes", "smooth in z and theta"),
             ("no", "second derivatives grow like the square of the inner weights, however small v"),
             ("yes", "two-layer networks are dense"),
@@ -551,7 +415,7 @@ class ReluMLP(_MLP):
     d: int
 
     def __post_init__(self) -> None:
-        _dimension(self.d)
+        check_dimension(self.d)
 
     def _sigma(self, s: Tensor) -> tuple[Tensor, Tensor]:
         return s.relu(), (s > 0).to(s.dtype)
@@ -560,9 +424,9 @@ class ReluMLP(_MLP):
         self, theta: Float[Tensor, "*B k"] | None = None, radius: float | None = None, reach: float = math.inf
     ) -> Constants:
         """Bounds of the first derivatives where they exist; there are none for second derivatives."""
-        radius = _reached(theta, radius)
+        radius = reached(theta, radius)
         v, a, b = (None,) * 3 if theta is None else self._split(theta)
-        V, W = (radius, radius) if theta is None else (_norm(v) + radius, _norm(a) + radius)
+        V, W = (radius, radius) if theta is None else (norm(v) + radius, norm(a) + radius)
         offset = radius if theta is None else b.abs() + radius
         largest = W * reach + offset
         none = math.inf if theta is None else torch.full_like(V, math.inf)
@@ -570,7 +434,7 @@ class ReluMLP(_MLP):
         return Constants(V * largest, V * W, V * W, B, none, none, none)
 
     def hypotheses(self) -> tuple[Hypothesis, ...]:
-        return _audit(
+        return audit(
             ("no", "relu has a kink"),
             ("no", "the second derivatives do not exist"),
             ("yes", "two-layer networks are dense"),
@@ -592,7 +456,7 @@ class Linear(Block):
     d: int = 1
 
     def __post_init__(self) -> None:
-        _dimension(self.d)
+        check_dimension(self.d)
 
     @property
     def k(self) -> int:
@@ -618,13 +482,13 @@ class Linear(Block):
     def constants(
         self, theta: Float[Tensor, "*B 1"] | None = None, radius: float | None = None, reach: float = math.inf
     ) -> Constants:
-        radius = _reached(theta, radius)
+        radius = reached(theta, radius)
         T = radius if theta is None else theta[..., 0].abs() + radius
         one = 1.0 if theta is None else torch.ones_like(T)
         return Constants(T * reach, T, T * math.sqrt(self.d), one * reach, 0 * one, one, 0 * one)
 
     def hypotheses(self) -> tuple[Hypothesis, ...]:
-        return _audit(
+        return audit(
             ("yes", "a polynomial"),
             ("yes", "bilinear in z and theta"),
             ("no", "all averages are multiples of z"),
@@ -646,7 +510,7 @@ class Bias(Block):
     d: int = 1
 
     def __post_init__(self) -> None:
-        _dimension(self.d)
+        check_dimension(self.d)
 
     @property
     def k(self) -> int:
@@ -672,13 +536,13 @@ class Bias(Block):
     def constants(
         self, theta: Float[Tensor, "*B d"] | None = None, radius: float | None = None, reach: float = math.inf
     ) -> Constants:
-        radius = _reached(theta, radius)
-        T = radius if theta is None else _norm(theta) + radius
+        radius = reached(theta, radius)
+        T = radius if theta is None else norm(theta) + radius
         one = 1.0 if theta is None else torch.ones_like(T)
         return Constants(T, 0 * one, 0 * one, one, 0 * one, 0 * one, 0 * one)
 
     def hypotheses(self) -> tuple[Hypothesis, ...]:
-        return _audit(
+        return audit(
             ("yes", "linear"),
             ("yes", "does not depend on z"),
             ("no", "all averages are constant in z"),
@@ -704,7 +568,7 @@ class Squares(Block):
     d: int = 1
 
     def __post_init__(self) -> None:
-        _dimension(self.d)
+        check_dimension(self.d)
 
     @property
     def k(self) -> int:
@@ -721,8 +585,8 @@ class Squares(Block):
         self, theta: Float[Tensor, "*B k"] | None = None, radius: float | None = None, reach: float = math.inf
     ) -> Constants:
         """Bounds in terms of ``|theta|`` and the states' norm."""
-        radius = _reached(theta, radius)
-        T = radius if theta is None else _norm(theta) + radius
+        radius = reached(theta, radius)
+        T = radius if theta is None else norm(theta) + radius
         lift = math.hypot(1.0, reach)
         one = 1.0 if theta is None else torch.ones_like(T)
         return Constants(
@@ -736,7 +600,7 @@ class Squares(Block):
         )
 
     def hypotheses(self) -> tuple[Hypothesis, ...]:
-        return _audit(
+        return audit(
             ("yes", "a polynomial"),
             ("no", "f grows like |z|^2"),
             ("no", "the averages are polynomials of degree 2, and nonnegative"),
@@ -745,40 +609,3 @@ class Squares(Block):
             ("no", "a normal law is not concentrated between two spheres"),
             ("not checkable", "moot without universality"),
         )
-
-
-@dataclass(frozen=True)
-class Custom(Block):
-    """A block made from a plain function; derivatives come from automatic differentiation.
-
-    Args:
-        function: ``(z (..., d), theta (..., k)) -> (..., d)``, made of torch operations that broadcast.
-        d: the dimension of the state.
-        k: the number of parameters of a particle.
-    """
-
-    function: Callable[[Tensor, Tensor], Tensor]
-    d: int
-    k: int
-
-    def __post_init__(self) -> None:
-        _dimension(self.d)
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
-            raise ValueError(f"k is {self.k!r}; a positive integer is needed")
-        if not callable(self.function):
-            raise TypeError(f"function is {type(self.function).__name__}; a function of z and theta is needed")
-        z, theta = torch.zeros(2, 1, self.d, dtype=torch.float64), torch.zeros(1, 3, self.k, dtype=torch.float64)
-        found = self.function(z, theta)
-        if not isinstance(found, Tensor) or tuple(found.shape) != (2, 3, self.d):
-            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-            raise ValueError(
-                f"function returned {shape} for z (2, 1, {self.d}) and theta (1, 3, {self.k}); "
-                f"(2, 3, {self.d}) is needed"
-            )
-
-    @property
-    def name(self) -> str:
-        return getattr(self.function, "__name__", "Custom")
-
-    def f(self, z: Float[Tensor, "*#B d"], theta: Float[Tensor, "*#B k"]) -> Float[Tensor, "*B d"]:
-        return self.function(z, theta)

@@ -217,18 +217,9 @@ def test_squares_is_nonnegative_and_homogeneous():
         (lambda: Linear(0), ValueError, "d is 0"),
         (lambda: Bias(0), ValueError, "d is 0"),
         (lambda: Squares(0), ValueError, "d is 0"),
-        (lambda: Custom(bump, 2, 0), ValueError, "k is 0; a positive integer is needed"),
-        (lambda: Custom("bump", 2, 4), TypeError, "function is str; a function of z and theta is needed"),
-        (lambda: Custom(lambda z, t: z, 2, 4), ValueError, r"function returned \(2, 1, 2\) for z"),
-        (lambda: Custom(lambda z, t: 3.0, 2, 4), ValueError, "function returned float"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
 def test_bad_input(make, error, words):
     with pytest.raises(error, match=words):
         make()
-
-
-def test_a_block_needs_a_function():
-    with pytest.raises(NotImplementedError):
-        Block().f(torch.zeros(1, 1), torch.zeros(1, 1))
