@@ -15,6 +15,7 @@ import argparse
 import os
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -155,17 +156,21 @@ def jax_scan(p: Problem, remat: bool) -> Callable[[], tuple[Any, list[Any]]]:
     return run
 
 
-def variants(p: Problem, device: str) -> dict[str, Callable[[], Any]]:
+def builders(device: str) -> dict[str, Callable[[Problem], Callable[[], Any]]]:
     found = {
-        OURS: ours(p, fresh=False),
-        FRESH: ours(p, fresh=True),
-        FLOOR: floor(p),
-        AUTOGRAD: autograd(p),
-        "autograd, checkpoint every 16 layers": autograd(p, 16),
+        OURS: partial(ours, fresh=False),
+        FRESH: partial(ours, fresh=True),
+        FLOOR: floor,
+        AUTOGRAD: autograd,
+        "autograd, checkpoint every 16 layers": partial(autograd, every=16),
     }
     if device == "cpu" and have_jax():
-        found |= {"JAX scan": jax_scan(p, False), "JAX scan, remat": jax_scan(p, True)}
+        found |= {"JAX scan": partial(jax_scan, remat=False), "JAX scan, remat": partial(jax_scan, remat=True)}
     return found
+
+
+def variants(p: Problem, device: str) -> dict[str, Callable[[], Any]]:
+    return {name: build(p) for name, build in builders(device).items()}
 
 
 def agree(sizes: dict[str, int], device: str) -> list[dict[str, Any]]:
@@ -186,8 +191,9 @@ def agree(sizes: dict[str, int], device: str) -> list[dict[str, Any]]:
 
 def measure_memory(variant: str) -> float:
     """Growth of this fresh process during one call; libraries load their code on a small problem first."""
-    variants(problem(QUICK), "cpu")[variant]()
-    function = variants(problem(SIZES), "cpu")[variant]
+    build = builders("cpu")[variant]
+    build(problem(QUICK))()
+    function = build(problem(SIZES))
     return harness.growth(function)
 
 
@@ -209,7 +215,8 @@ def main() -> None:
     del work
     peaks: dict[str, float | None] = dict.fromkeys(names)
     if device == "cpu" and not options.quick:
-        peaks = {name: harness.peak_memory(__file__, [name]) for name in names}
+        # JAX keeps and reuses what it once had: the growth of its process says little
+        peaks |= {n: harness.peak_memory(__file__, [n]) for n in names if not n.startswith("JAX")}
     rows = [
         {
             "workload": "W3",
