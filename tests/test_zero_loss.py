@@ -1,0 +1,208 @@
+"""The Jacobian of a network by automatic differentiation, and how far it moves, against its bounds."""
+
+import math
+
+import mpmath
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from companion import blocks
+from companion.blocks import RBF, BallBump, Bias, GaussBump, Linear, TanhMLP
+from companion.resnets import forward, rescaled_gradient
+from companion.zero_loss import centre, gram_kernel, lipschitz_bound, local_ball, uniform_ball
+
+F64 = torch.float64
+ONE = torch.ones(1, dtype=F64)
+LINE = torch.tensor([[-1.2], [-0.4], [0.4], [1.2]], dtype=F64)
+BLOCKS = [BallBump(1), BallBump(2), GaussBump(0.8), RBF(1), TanhMLP(2)]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def near_net(block, L, M, n, gap, seed, scale=1.0):
+    """A random net, inputs, and targets within about `gap` of its outputs."""
+    generator = seeded(seed)
+    theta = torch.randn(1, L, M, block.k, generator=generator, dtype=F64) * scale
+    X = torch.linspace(-1.5, 1.5, n, dtype=F64)[:, None] + 0.1 * torch.randn(n, block.d, generator=generator, dtype=F64)
+    v = torch.randn(block.d, generator=generator, dtype=F64).abs() + 0.2
+    outputs = forward(block, theta, X)[-1, 0] @ v
+    return theta, X, outputs + gap * torch.randn(n, generator=generator, dtype=F64), v
+
+
+def jacobian(block, theta, X, v):
+    """Row i: the derivative of output i in scaled coordinates, by automatic differentiation; ``(n, L M k)``."""
+    leaf = theta.clone().requires_grad_()
+    z = X
+    for layer in leaf:
+        z = z + block.f(z[:, None], layer[None]).mean(1) / len(leaf)
+    rows = [torch.autograd.grad(out, leaf, retain_graph=True)[0].flatten() for out in z @ v]
+    return torch.stack(rows) * math.sqrt(theta.shape[0] * theta.shape[1])
+
+
+def star(theta):
+    return float(theta.square().sum(-1).mean().sqrt())
+
+
+@pytest.mark.parametrize("block", [BallBump(2), GaussBump(1.0), TanhMLP(1), RBF(1)], ids=lambda b: b.name)
+def test_gram_kernel_is_that_of_automatic_differentiation(block):
+    theta, X, _, v = near_net(block, 3, 5, 4, 0.0, 1)
+    J = jacobian(block, theta[0], X, v)
+    assert torch.allclose(gram_kernel(block, theta, X, v)[0], J @ J.T, rtol=1e-12, atol=1e-14)
+    split = theta.repeat(1, 1, 2, 1)
+    weights = torch.cat([torch.full((5,), 0.05, dtype=F64), torch.full((5,), 0.15, dtype=F64)])
+    assert torch.allclose(gram_kernel(block, split, X, v, weights)[0], J @ J.T, rtol=1e-12, atol=1e-14)
+
+
+def test_bias_kernel_is_one():
+    theta = torch.randn(2, 3, 4, 1, generator=seeded(), dtype=F64)
+    assert torch.allclose(gram_kernel(Bias(1), theta, LINE, ONE), torch.ones(2, 4, 4, dtype=F64), atol=1e-14)
+
+
+def test_loss_falls_as_the_kernel_says():
+    block = BallBump(2)
+    theta, X, y, v = near_net(block, 4, 6, 3, 0.5, 2)
+    E, G = rescaled_gradient(block, theta, X, y, v)
+    r = forward(block, theta, X)[-1, 0] @ v - y
+    h = 1e-4
+    ahead, behind = (float(rescaled_gradient(block, theta + s * h * G, X, y, v)[0][0]) for s in (-1, 1))
+    K = gram_kernel(block, theta, X, v)[0]
+    assert (ahead - behind) / (2 * h) == pytest.approx(-float(r @ K @ r) / 9, rel=1e-6)
+    assert float(E[0]) == pytest.approx(0.5 * float(r.square().mean()), rel=1e-14)
+
+
+def test_constants_of_the_lesson():
+    found = lipschitz_bound(GaussBump(0.5), torch.zeros(3, 5, 1, dtype=F64), 4)
+    assert found.Lambda == pytest.approx(21.922, abs=1e-3)
+    assert found.beta == pytest.approx(3.760, abs=1e-3)
+
+
+@given(
+    st.integers(0, 10_000),
+    st.sampled_from([BallBump(1), BallBump(2), GaussBump(0.8), RBF(1), TanhMLP(1)]),
+    st.floats(1e-3, 0.5),
+)
+@settings(max_examples=60)
+def test_the_jacobian_moves_less_than_its_lipschitz_bound(seed, block, radius):
+    generator = seeded(seed)
+    theta, X, _, v = near_net(block, 3, 3, 3, 0.0, seed, scale=0.7)
+    step = torch.randn(3, 3, block.k, generator=generator, dtype=F64)
+    step *= radius / torch.linalg.vector_norm(step, dim=-1).max()
+    bound = lipschitz_bound(block, theta[0], 3, float(v.norm()), radius=radius, reach=50.0)
+    assert float(forward(block, theta, X).norm(dim=-1).max()) + radius * 40 < 60
+    before, after = (jacobian(block, t, X, v) for t in (theta[0], theta[0] + step))
+    moved = float(torch.linalg.matrix_norm(after - before))
+    assert moved <= bound.Lambda * star(step)
+    assert float(torch.linalg.matrix_norm(after)) <= bound.beta
+
+
+def layer_jacobians(block, theta, X):
+    """``I + (1/L) mean_m d_z f`` of every layer, sample by sample, by automatic differentiation."""
+    z, made = X, []
+    for layer in theta:
+
+        def move(x, layer=layer):
+            return x + block.f(x[None], layer).mean(0) / len(theta)
+
+        made.append(torch.stack([torch.autograd.functional.jacobian(move, x) for x in z]))
+        z = torch.stack([move(x) for x in z])
+    return made
+
+
+@pytest.mark.parametrize("certified", [False, True], ids=["measured", "certified"])
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda b: f"{b.name}{b.d}")
+def test_centre_measures_the_net(block, certified):
+    theta, X, y, v = near_net(block, 4, 6, 3, 0.3, 5)
+    counts = torch.tensor([1, 2, 1])
+    at = centre(block, theta[0], X, y, v, counts=counts, local=True, certified=certified)
+    root = counts.to(F64).sqrt()
+    J = jacobian(block, theta[0], X, v) * root[:, None]
+    values = torch.linalg.eigvalsh(J @ J.T)
+    residual = (forward(block, theta, X)[-1, 0] @ v - y) * root
+    layers = layer_jacobians(block, theta[0], X)
+    largest, adjoint = 1.0, 1.0
+    for a in range(4):
+        product = torch.eye(block.d, dtype=F64).expand(3, -1, -1)
+        for layer in layers[a:]:
+            product = layer @ product
+            largest = max(largest, float(torch.linalg.matrix_norm(product, 2).max()))
+        adjoint = max(adjoint, float((v @ product).norm(dim=-1).max() / v.norm()))
+    # the certified norm of a product is that of Frobenius at most
+    loose = math.sqrt(block.d) if certified else 1.0
+    expected = (residual.norm(), values[0], values[-1], forward(block, theta, X).norm(dim=-1).max(), adjoint)
+    for found, value in zip(at[:5], map(float, expected), strict=True):
+        assert found == pytest.approx(value, rel=1e-4 if certified else 1e-9)
+    assert largest * (1 - 1e-12) <= at.propagator <= largest * loose * (1 + 1e-9)
+    if certified:
+        assert at.r >= float(residual.norm()) * (1 - 1e-14)
+        assert at.lam <= float(values[0]) * (1 + 1e-12)
+    z = forward(block, theta, X)[:, 0]
+    for l, m in ((0, 0), (3, 5), (2, 1)):
+        slopes = [
+            torch.autograd.functional.jacobian(lambda t, i=i, l=l: block.f(z[l, i], t), theta[0, l, m]).norm()
+            for i in range(3)
+        ]
+        assert float(at.B[l, m]) == pytest.approx(float(max(slopes)), rel=1e-9)
+
+
+@given(st.integers(0, 10_000), st.sampled_from(BLOCKS), st.floats(1e-4, 0.3), st.floats(0.05, 1.0))
+@settings(max_examples=60)
+def test_the_jacobian_moves_less_than_the_bounds_of_both_balls(seed, block, rho, share):
+    theta, X, _, v = near_net(block, 3, 4, 3, 0.0, seed, scale=0.6)
+    kappa, generator = float(v.norm()), seeded(seed)
+    at = centre(block, theta[0], X, forward(block, theta, X)[-1, 0] @ v, v, counts=torch.ones(3).long(), local=True)
+    at = at._replace(lam=100.0, r=rho * 10 / 4)  # the balls of a residual for which the movement is rho
+    base = jacobian(block, theta[0], X, v)
+    for search in (local_ball, uniform_ball):
+        ball = search(block, theta[0], at, 3, kappa, factor=8)
+        if not math.isfinite(ball.radius):
+            continue
+        step = torch.randn(3, 4, block.k, generator=generator, dtype=F64)
+        size = torch.linalg.vector_norm(step, dim=-1, keepdim=True)
+        step *= (ball.radius / size).clamp_max(share * ball.radius)  # inside the ball of every particle
+        step *= min(1.0, rho / star(step))
+        moved = jacobian(block, theta[0] + step, X, v)
+        assert float(torch.linalg.matrix_norm(moved - base)) <= ball.Lambda * star(step)
+        assert float(torch.linalg.matrix_norm(moved)) <= ball.beta
+
+
+def test_local_constants_are_smaller_and_fit_a_smaller_ball():
+    block = BallBump(2)
+    theta, X, y, v = near_net(block, 4, 16, 3, 1e-6, 3, scale=2.0)
+    at = centre(block, theta[0], X, y, v, counts=torch.ones(3).long(), local=True)
+    local, uniform = (f(block, theta[0], at, 3, float(v.norm()), factor=8) for f in (local_ball, uniform_ball))
+    assert local.Lambda < uniform.Lambda / 3
+    assert local.beta < uniform.beta
+    assert local.radius < uniform.radius
+    flow = local_ball(block, theta[0], at, 3, float(v.norm()), factor=4)
+    assert flow.radius < local.radius
+
+
+def test_where_no_radius_holds_the_ball_is_infinite():
+    block = BallBump(1)
+    theta, X, y, v = near_net(block, 2, 4, 2, 50.0, 1)
+    at = centre(block, theta[0], X, y, v, counts=torch.ones(2).long(), local=True)
+    for search in (local_ball, uniform_ball):
+        assert math.isinf(search(block, theta[0], at, 2, float(v.norm()), factor=8).radius)
+
+
+def test_states_that_move_are_within_the_reach_of_unbounded_blocks():
+    theta, X, y, v = near_net(Linear(1), 2, 4, 2, 1e-4, 1)
+    at = centre(Linear(1), theta[0], X, y, v, counts=torch.ones(2).long(), local=True)
+    at = at._replace(lam=max(at.lam, 0.1))
+    for search in (local_ball, uniform_ball):
+        assert math.isfinite(search(Linear(1), theta[0], at, 2, float(v.norm()), factor=8).Lambda)
+
+
+def test_the_constants_written_as_decimals_are_rounded_up():
+    mpmath.mp.prec = 200
+    s2 = 3 - mpmath.sqrt(6)
+    gauss = mpmath.sqrt(s2) * (3 - s2) * mpmath.exp((1 - s2) / 2)
+    tanh = 4 / (3 * mpmath.sqrt(3))
+    chart = 3 * mpmath.sqrt(mpmath.mpf(1) / 5) * (mpmath.mpf(4) / 5) ** 2
+    found = (blocks._GAUSS_H, blocks._TANH_H, blocks._BALL_H)
+    for value, exact in zip(found, (gauss, tanh, chart), strict=True):
+        assert exact <= mpmath.mpf(value) <= exact * (1 + mpmath.mpf(10) ** -4)
