@@ -272,18 +272,6 @@ def ridge_gap(M: Float[Tensor, "N p"], V: Float[Tensor, "p K"], labels: Int[Tens
     return RidgeGap(float((G + ridge * V).square().sum() / (2 * ridge)), float(primal - dual))
 
 
-def groups_of_equal_rows(X: Float[Tensor, "N d"]) -> Int[Tensor, " N"]:
-    """Number the different rows of X and give every sample the number of its row.
-
-    Args:
-        X: inputs or features ``(N, d)``.
-
-    Returns:
-        Integers from 0, ``(N,)``.
-    """
-    return torch.unique(X, dim=0, return_inverse=True)[1]
-
-
 def duplicate_floor(groups: Int[Tensor, " N"], Y: Tensor, loss: str = "squared") -> float:
     """Compute ``inf L = (1/N) sum_groups inf_q sum_{i in group} l_i(q)``: equal inputs get equal outputs.
 
@@ -291,7 +279,7 @@ def duplicate_floor(groups: Int[Tensor, " N"], Y: Tensor, loss: str = "squared")
     independent (squared), or approached (cross-entropy: the entropy of the labels within the groups).
 
     Args:
-        groups: the group of each sample ``(N,)``, e.g. from `groups_of_equal_rows`.
+        groups: the group of each sample ``(N,)``, e.g. from ``expressivity.equal_inputs``.
         Y: targets ``(N, K)``, or labels ``(N,)``.
         loss: ``"squared"`` or ``"cross_entropy"``.
 

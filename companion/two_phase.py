@@ -300,7 +300,7 @@ def two_phase(
         The run.
 
     Raises:
-        ValueError: an argument out of range, data that do not fit, a loss that is not finite, a checkpoint that does not fit.
+        ValueError: an argument out of range, data or a checkpoint that does not fit, or a loss that is not finite.
         TypeError: a wrong type or dtype.
         KeyboardInterrupt: after saving, if a checkpoint was asked for.
     """

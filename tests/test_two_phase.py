@@ -69,7 +69,7 @@ def test_without_phase_two_it_is_the_plain_run():
         assert torch.equal(p, q), name
     assert result.phase1.tolist() == means
     assert result.phase2 is None
-    assert result.loss == result.before == pytest.approx(result.noisy)
+    assert result.loss == result.noisy == pytest.approx(result.before, rel=1e-6)  # single precision
 
 
 def test_the_global_generator_is_left_alone():
@@ -84,12 +84,12 @@ def test_the_global_generator_is_left_alone():
         sgd,
         lambda p: torch.optim.Adam(p, 1e-2),
         lambda p: torch.optim.AdamW(p, 1e-2, amsgrad=True),
-        lambda p: torch.optim.RMSprop(p, 1e-3, momentum=0.5),
+        lambda p: torch.optim.RMSprop(p, 1e-4),
         lambda p: torch.optim.LBFGS(p, 0.1, max_iter=3),
     ],
 )
 def test_every_optimizer_lowers_the_loss(make):
-    result = run(resnet(dropout=0.0), tau=12, optimizer=make, augment=None)
+    result = run(resnet(dropout=0.0), tau=12, optimizer=make, augment=None, batch=40)
     assert float(result.phase1[-1]) < float(result.phase1[0])
     assert result.loss < result.noisy
 
