@@ -296,8 +296,8 @@ def certify_rate(
 
     Returns:
         A certificate. Quantities: ``sigma_min``, ``sigma_max``, ``sigma_min_floats`` (of the computed matrix),
-        ``radius`` (the norm of the radii), ``smoothness``, ``max_step``; squared: ``linear_rate``; with y: ``bound``
-        (and squared: ``nesterov_bound``) after `steps` steps.
+        ``radius`` (the norm of the radii), ``smoothness``, ``max_step``; squared: ``contraction`` c and ``linear_rate``
+        1 - c; with y: ``bound`` (and squared: ``nesterov_bound``, ``distance`` R) after `steps` steps.
 
     Raises:
         TypeError, ValueError: as `certify_gap`, or steps below 1.
@@ -352,7 +352,7 @@ def _rates(
     found = {"smoothness": smooth, "max_step": round_down(1 / smooth)}
     share = (sigma / top) ** 2 * (1 - 3e-9)  # eta sigma_N^2 / N, rounded down
     if loss == "squared":
-        found["linear_rate"] = round_up(1 - share)
+        found |= {"contraction": share, "linear_rate": round_up(1 - share)}
     if y is None:
         return found
     q, spread = verified.dense_ball(M[:, : last.in_features], D, last.weight, last.bias)

@@ -792,7 +792,7 @@ def softplus_ball(
     out = torch.logaddexp(inner, inner.new_zeros(())).div_(beta)
     spread = radius.add(value.abs(), alpha=2 * UNIT).add_(out.abs(), alpha=8 * UNIT)
     if threshold is not None:
-        jump = (math.log1p(math.exp(-threshold)) if threshold > 0 else math.log(2) - threshold) / beta * _GROW
+        jump = (max(0.0, -threshold) + math.log1p(math.exp(-abs(threshold)))) / beta * _GROW
         spread.add_(jump)
     return out, spread.mul_(_GROW).add_(_TINY * (1 + 1 / beta))
 
