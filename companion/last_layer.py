@@ -145,17 +145,23 @@ def average_loss(
 
 
 class Centred(NamedTuple):
-    """Features with mean zero and a constant column of their size: the same outputs, a smaller ``sigma_1``.
+    """Coordinates in which the features have mean zero and the constant column their size: same outputs, smaller L_H.
+
+    The centred features ``[h - mean, c 1]`` are ``M B`` with ``B`` the map `back`; a method can use them without
+    forming them.
 
     Args:
-        M: ``[h - mean, c 1]``, ``c = ||h - mean||_2 / sqrt(N)``.
         mean: the features' mean ``(..., 1, m)``.
-        scale: ``c``, ``(..., 1, 1)``.
+        scale: ``c = ||h - mean||_2 / sqrt(N)``, ``(..., 1, 1)``.
     """
 
-    M: Tensor
     mean: Tensor
     scale: Tensor
+
+    def features(self, M: Float[Tensor, "... N p"]) -> Float[Tensor, "... N p"]:
+        """The centred features themselves, a copy as large as M."""
+        h = M[..., :-1] - self.mean
+        return torch.cat([h, self.scale.expand(*h.shape[:-1], 1)], dim=-1)
 
     def to(self, V: Float[Tensor, "... p K"]) -> Float[Tensor, "... p K"]:
         """The last layer that gives the same outputs on the centred features."""
@@ -163,19 +169,24 @@ class Centred(NamedTuple):
         return torch.cat([h, (b + self.mean @ h) / self.scale], dim=-2)
 
     def back(self, V: Float[Tensor, "... p K"]) -> Float[Tensor, "... p K"]:
-        """The inverse of `to`."""
+        """The inverse of `to`, a linear map ``B``."""
         h, b = V[..., :-1, :], V[..., -1:, :]
         return torch.cat([h, self.scale * b - self.mean @ h], dim=-2)
 
+    def pull(self, G: Float[Tensor, "... p K"]) -> Float[Tensor, "... p K"]:
+        """``B^T G``: turns a gradient in V into one in the centred coordinates."""
+        h, b = G[..., :-1, :], G[..., -1:, :]
+        return torch.cat([h - self.mean.mT @ b, self.scale * b], dim=-2)
+
 
 def centre(M: Float[Tensor, "... N p"]) -> Centred:
-    """Replace ``M = [h, 1]`` by ``[h - mean, c 1]``: same span, smaller ``L_H``.
+    """Find the coordinates in which ``M = [h, 1]`` becomes ``[h - mean, c 1]``: same span, smaller ``L_H``.
 
     Args:
         M: features whose last column is constant 1.
 
     Returns:
-        The centred features and the two maps of last layers.
+        The two maps of last layers.
 
     Raises:
         ValueError: the last column is not 1, or there is no other.
@@ -184,27 +195,40 @@ def centre(M: Float[Tensor, "... N p"]) -> Centred:
         raise ValueError("M has no constant last column; features [h, 1] are needed for centring")
     h = M[..., :-1]
     mean = h.mean(-2, keepdim=True)
-    h = h - mean
-    scale = _norm2(h)[..., None, None] / math.sqrt(M.shape[-2])
-    scale = torch.where(scale > 0, scale, 1.0)
-    return Centred(torch.cat([h, scale.expand(*h.shape[:-1], 1)], dim=-1), mean, scale)
+
+    def apply(x: Tensor) -> Tensor:
+        return h @ x - mean @ x
+
+    def transposed(y: Tensor) -> Tensor:
+        return (y.mT @ h).mT - mean.mT * y.sum(-2, keepdim=True)
+
+    scale = _largest(apply, transposed, mean)[..., None, None] / math.sqrt(M.shape[-2])
+    return Centred(mean, torch.where(scale > 0, scale, 1.0))
 
 
-def _norm2(A: Float[Tensor, "... n m"], rounds: int = 200) -> Float[Tensor, ...]:
-    """The largest singular value to about three digits, from below, by power iteration with a fixed start."""
+Map = Callable[[Tensor], Tensor]
+
+
+def _largest(apply: Map, transposed: Map, like: Tensor, rounds: int = 200) -> Float[Tensor, ...]:
+    """The largest singular value to about three digits, from below, by power iteration with a fixed start.
+
+    `like` is ``(..., 1, p)`` and gives the number of columns, the dtype and the device.
+    """
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(A.shape[-1], 1, generator=g, dtype=torch.float64).to(A).expand(*A.shape[:-2], -1, 1)
-    value = A.new_zeros(A.shape[:-2])
+    x = torch.randn(like.shape[-1], 1, generator=g, dtype=torch.float64).to(like).expand(*like.shape[:-2], -1, 1)
+    value = like.new_zeros(like.shape[:-2])
     for _ in range(rounds):
-        y = A @ (x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(1e-300))
+        y = apply(x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(1e-300))
         before, value = value, torch.linalg.vector_norm(y, dim=(-2, -1))
-        x = A.mT @ y
+        x = transposed(y)
         if bool((value <= before * (1 + 1e-5)).all()):
             break
     return value
 
 
-def curvature(M: Float[Tensor, "... N p"], loss: str = "squared") -> Float[Tensor, ...]:
+def curvature(
+    M: Float[Tensor, "... N p"], loss: str = "squared", *, frame: Centred | None = None
+) -> Float[Tensor, ...]:
     """Compute an upper bound on ``L_H = Lambda sigma_1^2 / N``; the step ``1 / L_H`` is covered by the theorems.
 
     On the CPU in float64, with at most 4,096 samples or features, the bound on ``sigma_1`` is rigorous; else it is the
@@ -213,6 +237,7 @@ def curvature(M: Float[Tensor, "... N p"], loss: str = "squared") -> Float[Tenso
     Args:
         M: features ``(N, m+1)`` or ``(S, N, m+1)``.
         loss: ``"squared"`` or ``"cross_entropy"``.
+        frame: coordinates in which the steps are taken; None for those of `M`.
 
     Returns:
         A number for each network.
@@ -220,16 +245,19 @@ def curvature(M: Float[Tensor, "... N p"], loss: str = "squared") -> Float[Tenso
     if loss not in LAMBDA:
         raise ValueError(f"loss is {loss!r}; 'squared' or 'cross_entropy' is needed")
     if M.dtype == torch.float64 and M.device.type == "cpu" and min(M.shape[-2:]) <= _RIGOROUS:
-        stack = M.reshape(-1, *M.shape[-2:])
-        sigma = M.new_tensor([verified.spectral_norm_upper(A.contiguous()) for A in stack]).reshape(M.shape[:-2])
+        A = frame.features(M) if frame else M
+        stack = A.reshape(-1, *A.shape[-2:])
+        sigma = M.new_tensor([verified.spectral_norm_upper(B.contiguous()) for B in stack]).reshape(M.shape[:-2])
+    elif frame:
+        sigma = 1.01 * _largest(lambda x: M @ frame.back(x), lambda y: frame.pull((y.mT @ M).mT), M[..., :1, :])
     else:
-        sigma = 1.01 * _norm2(M)
+        sigma = 1.01 * _largest(lambda x: M @ x, lambda y: (y.mT @ M).mT, M[..., :1, :])
     return LAMBDA[loss] * sigma.square() / M.shape[-2]
 
 
-def _step(M: Tensor, loss: str, step: float | Tensor | None, kind: str) -> tuple[Tensor, bool]:
+def _step(M: Tensor, loss: str, step: float | Tensor | None, kind: str, frame: Centred | None) -> tuple[Tensor, bool]:
     """The step of every network and whether the theorems cover it; refused where it must diverge."""
-    L_H = curvature(M, loss)
+    L_H = curvature(M, loss, frame=frame)
     if step is None:
         return 1 / L_H, True
     eta = torch.as_tensor(step, dtype=M.dtype, device=M.device).expand(L_H.shape)
@@ -264,9 +292,10 @@ def _descend(
     single = M.ndim == 2
     M, V0 = (M[None], V0[None]) if single else (M, V0)
     frame = centre(M) if centred else None
-    A, V = (frame.M, frame.to(V0)) if frame else (M, V0)
+    V = frame.to(V0) if frame else V0
+    back, pull = (frame.back, frame.pull) if frame else (_same, _same)
     step = step[None] if single and isinstance(step, Tensor) and step.ndim == 0 else step
-    eta, covered = _step(A, loss, step, kind)
+    eta, covered = _step(M, loss, step, kind, frame)
     eta, N = eta[:, None, None], M.shape[-2]
     a = _momenta(steps) if kind == "nesterov" else None
 
@@ -281,21 +310,25 @@ def _descend(
             c = (a[k - 1] - 1) / a[k]
             y, q = V + c * (V - params[2]), Q + c * (Q - params[3])
         # the transposed product reads the features along their rows: twice as fast for few outputs
-        new = y - eta / N * (slope(q, Y, loss).mT @ A).mT
+        new = y - eta / N * pull((slope(q, Y, loss).mT @ M).mT)
         if a is not None:
             params[2].copy_(V), params[3].copy_(Q)
-        V.copy_(new), Q.copy_(A @ new)
+        V.copy_(new), Q.copy_(M @ back(new))
         return value
 
-    start = [V, A @ V]
+    start = [V, M @ back(V)]
     start += [t.clone() for t in start] if a is not None else []
     config = {"kind": kind, "M": M, "Y": Y, "loss": loss, "step": eta.clone(), "centred": centred}
     run = descent.iterate(start, move, steps, every=every, config=config, **options)
-    V = frame.back(run.weights[0]) if frame else run.weights[0]
+    V = back(run.weights[0])
     losses, eta = run.residual, eta[:, 0, 0]
     if single:
         V, losses, eta = V[0], losses[:, 0], float(eta[0])
     return Phase2(kind, V, losses, run.steps, eta, covered, centred)
+
+
+def _same(V: Tensor) -> Tensor:
+    return V
 
 
 def _momenta(steps: int) -> list[float]:
@@ -437,7 +470,7 @@ def _spread(R: Float[Tensor, "n n"], rounds: int = 8) -> float:
         y = torch.linalg.solve_triangular(R.mT, x, upper=False)
         smallest = torch.linalg.vector_norm(y)
         x = torch.linalg.solve_triangular(R, y, upper=True)
-    largest = _norm2(R)
+    largest = _largest(lambda x: R @ x, lambda y: R.mT @ y, R[:1])
     return float(largest * smallest)
 
 
@@ -474,8 +507,7 @@ def phase2_lbfgs(
     if not (math.isfinite(ridge) and ridge >= 0):
         raise ValueError(f"ridge is {ridge}; a number >= 0 is needed")
     frame = centre(M) if centred else None
-    A = frame.M if frame else M
-    back: Callable[[Tensor], Tensor] = frame.back if frame else lambda v: v
+    back = frame.back if frame else _same
     V = (frame.to(V0) if frame else V0.clone()).detach().requires_grad_()
     tiny = torch.finfo(M.dtype).eps
     optimizer = torch.optim.LBFGS(
@@ -490,7 +522,7 @@ def phase2_lbfgs(
 
     def objective() -> Tensor:
         optimizer.zero_grad()
-        value = pointwise(A @ V, Y, loss).mean() + 0.5 * ridge * back(V).square().sum()
+        value = pointwise(M @ back(V), Y, loss).mean() + 0.5 * ridge * back(V).square().sum()
         value.backward()
         return value
 

@@ -106,27 +106,35 @@ def last_layer_features(
     """
     check_model(model, last)
     check_inputs(X)
+    return _features(model, last, X, batch, constant=False)
+
+
+def _features(model: nn.Module, last: nn.Linear, X: Tensor, batch: int, constant: bool) -> Tensor:
+    """The features, written into one array that may have the constant column already: no second copy is made."""
     seen: list[tuple[Tensor, Tensor]] = []
     handle = last.register_forward_hook(lambda _, given, out: seen.append((given[0], out)))
-    parts = []
+    m = last.in_features
+    M = None
     try:
         with _evaluating(model):
-            for rows in X.split(batch):
+            for i, rows in enumerate(X.split(batch)):
                 seen.clear()
                 out = model(rows)
-                if len(seen) != 1 or not torch.equal(seen[0][1], out):
-                    raise ValueError(
-                        f"last ran {len(seen)} times and is not the model's output; a final linear layer is needed"
-                        if len(seen) == 1
-                        else f"last ran {len(seen)} times in one pass; exactly once is needed"
-                    )
-                parts.append(seen[0][0].reshape(len(rows), -1))
+                if len(seen) != 1:
+                    raise ValueError(f"last ran {len(seen)} times in one pass; exactly once is needed")
+                h, own = seen[0]
+                if not torch.equal(own, out):
+                    raise ValueError("last is not the model's output; a final linear layer is needed")
+                if M is None:
+                    M = h.new_empty(len(X), m + constant)
+                M[i * batch : i * batch + len(rows), :m] = h.reshape(len(rows), m)
     finally:
         handle.remove()
-    h = torch.cat(parts)
-    if not bool(torch.isfinite(h).all()):
+    if constant:
+        M[:, m] = 1
+    if not bool(torch.isfinite(M).all()):
         raise ValueError("the features hold NaN or infinity; a smaller learning rate in phase 1 may help")
-    return h
+    return M
 
 
 def check_model(model: nn.Module, last: nn.Linear) -> None:
@@ -322,8 +330,7 @@ def two_phase(
     if noise is not None:
         g = torch.Generator().manual_seed((seed + 1) % 2**62)
         relative_noise(hidden_parameters(model, last, where, wide), noise, floor, generator=g)
-    h = last_layer_features(model, last, X, max(batch, 256))
-    M = with_constant(h) if last.bias is not None else h
+    M = _features(model, last, X, max(batch, 256), constant=last.bias is not None)
     noisy = float(last_layer.average_loss(M, last_weights(last), y, loss))
     result = None
     if phase2 is not None:

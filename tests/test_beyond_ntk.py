@@ -180,7 +180,7 @@ def test_rates_cover_phase_two_of_the_recipe():
             frame = by.centre(run.M)
             V0 = frame.to(by.last_weights(start.last))
             bound = by.comparator_bound(
-                frame.M, V0, target, run.phase2.steps, loss=loss, step=run.phase2.step, method=method
+                frame.features(run.M), V0, target, run.phase2.steps, loss=loss, step=run.phase2.step, method=method
             )
             assert run.phase2.covered
             assert bool((run.phase2.losses <= bound * (1 + 1e-9)).all())

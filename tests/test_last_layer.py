@@ -75,22 +75,25 @@ def test_curvature_in_single_precision_is_measured():
 def test_centring_changes_neither_outputs_nor_optimum():
     M, V, Y = problem(12, 8)
     frame = ll.centre(M)
-    torch.testing.assert_close(frame.M @ frame.to(V), M @ V)
+    A = frame.features(M)
+    torch.testing.assert_close(A @ frame.to(V), M @ V)
+    torch.testing.assert_close(A @ V, M @ frame.back(V))
+    torch.testing.assert_close(A.T @ Y, frame.pull(M.T @ Y))
     torch.testing.assert_close(frame.back(frame.to(V)), V)
-    assert float(torch.linalg.matrix_norm(frame.M, 2)) < float(torch.linalg.matrix_norm(M, 2))
-    best = [torch.linalg.lstsq(A, Y).solution for A in (M, frame.M)]
+    assert float(torch.linalg.matrix_norm(A, 2)) < float(torch.linalg.matrix_norm(M, 2))
+    best = [torch.linalg.lstsq(A, Y).solution for A in (M, frame.features(M))]
     torch.testing.assert_close(
         ll.average_loss(M, best[0], Y), ll.average_loss(M, frame.back(best[1]), Y), rtol=1e-10, atol=0
     )
     # the constant column is as large as the features are, so that it neither rules nor vanishes
-    assert float(torch.linalg.vector_norm(frame.M[:, -1])) == pytest.approx(
-        float(torch.linalg.matrix_norm(frame.M[:, :-1], 2)), rel=1e-3
+    assert float(torch.linalg.vector_norm(A[:, -1])) == pytest.approx(
+        float(torch.linalg.matrix_norm(A[:, :-1], 2)), rel=1e-3
     )
 
 
 def test_centring_of_constant_features_is_finite():
     M = torch.ones(5, 3, dtype=torch.float64)
-    assert bool(torch.isfinite(ll.centre(M).M).all())
+    assert bool(torch.isfinite(ll.centre(M).features(M)).all())
 
 
 @pytest.mark.parametrize("loss", ["squared", "cross_entropy"])
@@ -99,7 +102,7 @@ def test_gd_is_the_slow_loop(loss, centred):
     M, V0, Y = problem(loss=loss)
     run = ll.phase2_gd(M, V0, Y, loss=loss, steps=7, centred=centred)
     frame = ll.centre(M)
-    A, V = (frame.M, frame.to(V0)) if centred else (M, V0.clone())
+    A, V = (frame.features(M), frame.to(V0)) if centred else (M, V0.clone())
     losses = []
     for t in range(8):
         losses.append(ll.average_loss(A, V, Y, loss))

@@ -41,7 +41,7 @@ def test_runs_stay_below_their_bound(seed, loss, method):
     M, V0, Y = problem(10, 6 + seed % 9, loss=loss, seed=seed)
     frame = ll.centre(M)
     run = {"gd": ll.phase2_gd, "nesterov": ll.phase2_nesterov}[method](M, V0, Y, loss=loss, steps=60)
-    bound = rb.comparator_bound(frame.M, frame.to(V0), Y, run.steps, loss=loss, step=run.step, method=method)
+    bound = rb.comparator_bound(frame.features(M), frame.to(V0), Y, run.steps, loss=loss, step=run.step, method=method)
     assert bool((run.losses <= bound * (1 + 1e-9) + 1e-15).all())
     assert float(bound[-1]) < float(bound[0])  # the bound says something
 
