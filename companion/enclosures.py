@@ -119,7 +119,7 @@ ASSUMES_LIBRARY = (nn.Tanh, nn.Softplus, Softplus)
 
 
 def _add(first: Any, second: Any) -> Ball:
-    if not (isinstance(first, tuple) and isinstance(second, tuple)):
+    if not (_is_ball(first) and _is_ball(second)):
         raise NoEnclosure("no enclosure for a sum with a constant")
     return verified.add_ball(*first, *second)
 
@@ -160,7 +160,7 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     F.adaptive_avg_pool2d: _pool_function(nn.AdaptiveAvgPool2d, _adaptive),
     F.avg_pool2d: _pool_function(nn.AvgPool2d, _avgpool),
     F.max_pool2d: _pool_function(nn.MaxPool2d, _maxpool),
-    operator.getitem: lambda shape, i: shape[i],
+    operator.getitem: lambda shape, i: _entry(shape, i),
     getattr: lambda x, name: _shape(x, name),
 }
 METHODS: dict[str, Callable[..., Any]] = {
@@ -177,9 +177,19 @@ _VIEWS = (nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dr
 
 
 def _shape(x: Any, name: str) -> Any:
-    if name != "shape" or not isinstance(x, tuple):
+    if name != "shape" or not _is_ball(x):
         raise NoEnclosure(f"no enclosure for the attribute {name}")
     return x[0].shape
+
+
+def _entry(shape: Any, i: Any) -> Any:
+    if not isinstance(shape, torch.Size):
+        raise NoEnclosure("no enclosure for an index")
+    return shape[i]
+
+
+def _is_ball(x: Any) -> bool:
+    return isinstance(x, tuple) and len(x) == 2 and all(isinstance(part, Tensor) for part in x)
 
 
 # --- Reading a network ----------------------------------------------------------------------------------------------
@@ -208,11 +218,13 @@ class Network:
         module: the copy.
         nodes: the operations, from the input to the output.
         names: the path of each module of the original, by identity.
+        original: the model itself, kept so that no other module takes its parts' identities.
     """
 
     module: nn.Module
     nodes: tuple[fx.Node, ...]
     names: dict[int, str]
+    original: nn.Module
 
     def layer(self, node: fx.Node) -> nn.Module | None:
         """The module that `node` calls, or None."""
@@ -277,7 +289,7 @@ def read(model: nn.Module | Network) -> Network:
         raise NoEnclosure(f"no enclosure for {type(model).__name__}: it cannot be traced ({first})") from error
     names = {id(part): name for name, part in (nn.Sequential(model) if bare else model).named_modules()}
     names |= {id(part): name for name, part in module.named_modules()}
-    network = Network(module, tuple(graph.nodes), names)
+    network = Network(module, tuple(graph.nodes), names, model)
     inputs = [node for node in network.nodes if node.op == "placeholder" and (node.users or not node.args)]
     if len(inputs) != 1:
         raise NoEnclosure(f"no enclosure for {type(model).__name__}: it has {len(inputs)} inputs instead of one")
@@ -313,7 +325,7 @@ def _evaluate(network: Network, node: fx.Node, known: dict[fx.Node, Any]) -> Any
         rule = MODULES.get(type(layer))
         rule = None if rule is None else partial(rule, layer)
         rule = partial(_reshaped, layer) if rule is not None and rule.func is _reshaped else rule
-        args = args[0] if len(args) == 1 and not kwargs and isinstance(args[0], tuple) else None
+        args = args[0] if len(args) == 1 and not kwargs and _is_ball(args[0]) else None
     else:
         rule = {"call_function": FUNCTIONS, "call_method": METHODS}.get(node.op, {}).get(node.target)
     if rule is None or args is None:
@@ -343,6 +355,8 @@ def _run(network: Network, X: Tensor, target: fx.Node) -> Ball:
                 del known[source]
         if node is target:
             break
+    if not _is_ball(known[target]):
+        raise NoEnclosure(f"no enclosure for {network.describe(target)}: it is no tensor")
     value, radius = known[target]
     if not (bool(torch.isfinite(value).all()) and bool(torch.isfinite(radius).all())):
         raise NoEnclosure(f"no enclosure for {network.describe(target)}: its numbers overflow")

@@ -178,7 +178,7 @@ def test_width_is_sharp(activation):
 
 @pytest.mark.parametrize("activation", [vision.Softplus, nn.Tanh])
 def test_rank_agrees_with_exact_arithmetic(activation):
-    """What the certificate says of almost every wide layer holds for a random one, whose floats are checked in fractions."""
+    """What the certificate says of almost every wide layer holds for a random one, checked in fractions."""
     for seed in range(5):
         X = gaussian(12, 3, seed=seed)
         model = mlp((3, 4, 11, 2), seed=seed, activation=activation)
