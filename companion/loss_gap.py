@@ -127,7 +127,7 @@ def _cross_entropy(q: Tensor, D: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return losses, radius.mul_(_GROW).add_(K * 2.0**-1022)
 
 
-def duplicates_floor(groups: Int[Tensor, " N"], y: Tensor, loss: Loss = "squared") -> float:
+def duplicate_floor_lower(groups: Int[Tensor, " N"], y: Tensor, loss: Loss = "squared") -> float:
     """Bound from below what equal inputs cost: ``(1/N) sum_groups inf_q sum_(i in group) l_i(q)``, a floor of L.
 
     Squared: half the squared distances to the group's mean, in exact fractions. Cross-entropy: ``sum_k c_k
@@ -180,8 +180,8 @@ def certify_gap(
     """Prove how far the network's loss is from the least loss that any parameters of any network have.
 
     ``L - inf L <= L_upper - floor``: the loss is enclosed in exact real arithmetic (`loss_bounds`), and the floor is
-    what equal inputs with different targets cost (`duplicates_floor`, 0 without equal inputs). No rank is needed. Where
-    the gap is not small, `ridge` asks instead how far the *last layer* is from its own optimum: for
+    what equal inputs with different targets cost (`duplicate_floor_lower`; 0 without equal inputs). No rank is needed.
+    Where the gap is not small, `ridge` asks instead how far the *last layer* is from its own optimum: for
     ``P(V) = L(V) + ridge/2 ||V||^2``, ``P(V) - min P <= ||grad P(V)||^2 / (2 ridge)``, in plain floating point.
 
     Args:
@@ -219,7 +219,7 @@ def certify_gap(
         return silent(GAP, [], f"no_enclosure: {error}")
     _outputs_fit(y, q, loss)
     lower, upper = loss_bounds(q, D, y, loss)
-    floor = duplicates_floor(equal_inputs(X), y, loss)
+    floor = duplicate_floor_lower(equal_inputs(X), y, loss)
     gap = round_up(upper - floor)
     rows = [
         compare("L - inf L", gap, "<" if within is None else "<=", math.inf if within is None else within, "certified")

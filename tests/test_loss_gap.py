@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from companion import data, enclosures, loss_gap, verified, vision
-from companion.loss_gap import certify_gap, certify_rate, duplicates_floor, loss_bounds
+from companion.loss_gap import certify_gap, certify_rate, duplicate_floor_lower, loss_bounds
 
 try:
     import flint
@@ -147,7 +147,7 @@ def test_floor_of_equal_inputs_squared(seed):
     best = sum(
         (Y[groups == k] - Y[groups == k].mean(dim=0)).square().sum() / 2 for k in range(int(groups.max()) + 1)
     ) / 11  # fmt: skip
-    floor = duplicates_floor(groups, Y)
+    floor = duplicate_floor_lower(groups, Y)
     assert floor == pytest.approx(float(best), rel=1e-12)
     exact = Fraction(0)
     for k in groups.unique().tolist():
@@ -163,7 +163,7 @@ def test_floor_of_equal_inputs_cross_entropy(seed):
         torch.randint(0, 4, (15,), generator=torch.Generator().manual_seed(seed)), return_inverse=True
     )[1]
     y = labels(15, 3, seed)
-    floor = duplicates_floor(groups, y, "cross_entropy")
+    floor = duplicate_floor_lower(groups, y, "cross_entropy")
     entropy = 0.0
     for k in groups.unique().tolist():
         p = torch.bincount(y[groups == k]).double()
@@ -175,9 +175,9 @@ def test_floor_of_equal_inputs_cross_entropy(seed):
 
 def test_floor_is_zero_without_conflict():
     groups = torch.tensor([0, 1, 0, 2])
-    assert duplicates_floor(groups, torch.tensor([1, 0, 1, 0]), "cross_entropy") == 0.0
-    assert duplicates_floor(groups, gaussian(4, 2)[groups]) == 0.0
-    assert duplicates_floor(torch.arange(4), gaussian(4, 2)) == 0.0
+    assert duplicate_floor_lower(groups, torch.tensor([1, 0, 1, 0]), "cross_entropy") == 0.0
+    assert duplicate_floor_lower(groups, gaussian(4, 2)[groups]) == 0.0
+    assert duplicate_floor_lower(torch.arange(4), gaussian(4, 2)) == 0.0
 
 
 def test_equal_inputs_with_different_targets_are_subtracted():
