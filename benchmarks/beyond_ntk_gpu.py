@@ -12,8 +12,8 @@ images held out for it; then all 60,000 train, with every seed, and the test ima
 - the loss that each algorithm ends with, enclosed in exact real arithmetic, and so the gap to the global minimum;
 - test errors, and how long everything took.
 
-The features ``M``, 60,000 x 61,441 numbers, take 14.7 GB in float32; phase 2 holds three such arrays. The record is
-written to ``companion/stored``, from where lesson 3 reads it.
+Phase 2 runs in float64: the features ``M``, 60,000 x 61,441 numbers, take 29.5 GB. The certificates run on the CPU,
+minutes each. The record is written to ``companion/stored``, from where lesson 3 reads it.
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ def step_size(model: nn.Sequential, X: Tensor) -> float:
 def error(model: nn.Module, X: Tensor, y: Tensor) -> float:
     """The share of wrong answers in eval mode."""
     model.eval()
+    X = X.to(next(model.parameters()).dtype)
     with torch.no_grad():
         wrong = sum(int((model(a).argmax(dim=1) != b).sum()) for a, b in zip(X.split(1000), y.split(1000), strict=True))
     return wrong / len(y)
@@ -123,53 +124,52 @@ class Runs:
     def __init__(self, s: dict[str, Any], device: str, step: float, folder: Path | None) -> None:
         self.s, self.device, self.step, self.folder = s, device, step, folder
 
-    def phase1(self, name: str, seed: int, X: Tensor, y: Tensor, epochs: int) -> tuple[nn.Sequential, list[float]]:
-        """All layers for some epochs: the base algorithm, or the beginning of the other."""
-        model = network(self.s, seed, self.device)
+    def train(
+        self, name: str, seed: int, X: Tensor, y: Tensor, tau: int, chosen: dict[str, Any] | None = None,
+        start: nn.Sequential | None = None,
+    ) -> tuple[nn.Sequential, recipe.TwoPhaseRun]:  # fmt: skip
+        """Run the recipe: tau epochs of all layers, then, if something was chosen, noise and the last layer alone."""
+        s, chosen = self.s, chosen or {"noise": None, "where": "all", "phase2": None}
+        model = network(s, seed, self.device) if start is None else copy.deepcopy(start)
+        passes = s["epochs"] - s["tau"]
+        steps = passes * -(-len(X) // s["batch"])  # as many steps as the base takes
+        options = {"nesterov": {"steps": steps, "every": max(1, steps // 100)}, "momentum_sgd": {"epochs": passes}}
         run = recipe.two_phase(
             model, model.last, X, y,
-            lambda p: torch.optim.SGD(p, lr=self.step, momentum=self.s["momentum"]),
-            epochs, batch=self.s["batch"], noise=None, phase2=None,
-            generator=torch.Generator().manual_seed(seed),
-            checkpoint=None if self.folder is None else self.folder / f"{name}-{seed}",
+            lambda p: torch.optim.SGD(p, lr=self.step, momentum=s["momentum"]),
+            tau, batch=s["batch"], noise=chosen["noise"], where=chosen["where"], wide=model.wide,
+            phase2=chosen["phase2"], options=options.get(chosen["phase2"]),
+            generator=torch.Generator().manual_seed(seed), snapshots=[tau],
+            checkpoint=self.folder / f"{name}-{seed}" if self.folder and start is None else None,
         )  # fmt: skip
-        return model, [*run.phase1.tolist(), run.before]
+        return model, run
 
-    def phase2(
-        self, trained: nn.Sequential, seed: int, X: Tensor, y: Tensor, noise: float | None, where: str, kind: str
-    ) -> tuple[nn.Sequential, list[float]]:
-        """Noise, then the last layer on frozen features, as many passes over the data as the base has left."""
-        model, s = copy.deepcopy(trained), self.s
-        generator = torch.Generator().manual_seed(1000 + seed)
-        if noise is not None:
-            hidden = recipe.hidden_parameters(model, model.last, where, model.wide)
-            recipe.relative_noise(hidden, noise, generator=generator)
-        M = recipe.with_constant(recipe.last_layer_features(model, model.last, X))
-        V, passes = recipe.last_weights(model.last), s["epochs"] - s["tau"]
-        if kind == "momentum_sgd":
-            run = last_layer.phase2_momentum_sgd(
-                M, V, y, loss="cross_entropy", step=self.step, momentum=s["momentum"], batch=s["batch"],
-                epochs=passes, generator=generator,
-            )  # fmt: skip
-        else:
-            steps = passes * -(-len(X) // s["batch"])  # as many steps as the base takes
-            run = last_layer.phase2_nesterov(M, V, y, loss="cross_entropy", steps=steps, every=max(1, steps // 100))
-        recipe.set_last_weights(model.last, run.V)
-        return model, run.losses.tolist()
+
+def losses(run: recipe.TwoPhaseRun) -> dict[str, Any]:
+    """What a run recorded, without its features."""
+    return {
+        "epochs": run.phase1.tolist(),
+        "after_phase1": run.before,
+        "after_noise": run.noisy,
+        "phase2": None if run.phase2 is None else run.phase2.losses.tolist(),
+        "phase2_steps": None if run.phase2 is None else run.phase2.steps.tolist(),
+    }
 
 
 def choose(runs: Runs, X: Tensor, y: Tensor) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Noise and phase 2 by the error on held-out training images, first seed only; ties go to the first."""
     keep = len(X) - runs.s["validation"]
-    trained, _ = runs.phase1("choice", 0, X[:keep], y[:keep], runs.s["tau"])
+    trained, _ = runs.train("choice", 0, X[:keep], y[:keep], runs.s["tau"])
     tried = []
     for kind in PHASE2:
         for noise in NOISE:
             for where in ("all", "wide") if noise else ("all",):
-                model, losses = runs.phase2(trained, 0, X[:keep], y[:keep], noise, where, kind)
-                row = {"phase2": kind, "noise": noise, "where": where, "loss": losses[-1]}
-                tried.append(row | {"validation_error": error(model, X[keep:], y[keep:])})
+                row = {"phase2": kind, "noise": noise, "where": where}
+                name = f"choice-{kind}-{noise}-{where}"
+                model, run = runs.train(name, 0, X[:keep], y[:keep], 0, chosen=row, start=trained)
+                tried.append(row | {"loss": run.loss, "validation_error": error(model, X[keep:], y[keep:])})
                 print(harness.table(tried[-1:]), flush=True)
+                del model, run
     # without noise nothing is guaranteed: such rows are an ablation, not a candidate
     best = min((t for t in tried if t["noise"]), key=lambda t: t["validation_error"])
     return {k: best[k] for k in ("phase2", "noise", "where")}, tried
@@ -177,27 +177,24 @@ def choose(runs: Runs, X: Tensor, y: Tensor) -> tuple[dict[str, Any], list[dict[
 
 def compare(runs: Runs, split: Split, seed: int, chosen: dict[str, Any]) -> dict[str, Any]:
     """Both algorithms with one seed, what they end with, and what is proved about it."""
-    (X, y, X_test, y_test), s = split, runs.s
-    (base, base_losses), base_seconds = clocked(lambda: runs.phase1("base", seed, X, y, s["epochs"]), runs.device)
-    (middle, first), middle_seconds = clocked(lambda: runs.phase1("two-phase", seed, X, y, s["tau"]), runs.device)
-    expressive, e_seconds = clocked(lambda: certify_expressivity(middle, X), runs.device)
-    (ours, second), ours_seconds = clocked(
-        lambda: runs.phase2(middle, seed, X, y, chosen["noise"], chosen["where"], chosen["phase2"]), runs.device
-    )
-    found: dict[str, Any] = {
-        "seed": seed,
-        "base": {"losses": base_losses, "seconds": base_seconds, "test_error": error(base, X_test, y_test)},
-        "two_phase": {
-            "phase1_losses": first,
-            "phase2_losses": second,
-            "seconds": middle_seconds + ours_seconds,
-            "test_error": error(ours, X_test, y_test),
-        },
-        "expressivity_at_tau": expressive.to_dict() | {"seconds": e_seconds},
-    }
-    for name, model in (("base", base), ("two_phase", ours)):
+    (X, y, X_test, y_test), s, found = split, runs.s, {"seed": seed}
+    plans = {"base": (s["epochs"], None), "two_phase": (s["tau"], chosen)}
+    for name, (tau, choice) in plans.items():
+        (model, run), seconds = clocked(
+            lambda name=name, tau=tau, choice=choice: runs.train(name, seed, X, y, tau, choice), runs.device
+        )
+        state, recorded = run.snapshots[tau], losses(run)
+        del run  # and with it the features
+        found[name] = {"losses": recorded, "seconds": seconds, "test_error": error(model, X_test, y_test)}
         gap, seconds = clocked(lambda model=model: certify_gap(model, X, y), runs.device)
         found[name]["gap"] = gap.to_dict() | {"seconds": seconds}
+        if choice:
+            middle = network(s, seed, "cpu")
+            middle.load_state_dict(state)
+            for when, part in (("after_phase1", middle), ("after_noise", model)):
+                proof, seconds = clocked(lambda part=part: certify_expressivity(part, X), runs.device)
+                found[name][f"expressivity_{when}"] = proof.to_dict() | {"seconds": seconds}
+        print(f"seed {seed}, {name}: test error {found[name]['test_error']}, {gap.verdict()}", flush=True)
     return found
 
 
@@ -210,7 +207,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "two-phase: test error": r["two_phase"]["test_error"],
             "base: gap": r["base"]["gap"]["quantities"].get("gap"),
             "two-phase: gap": r["two_phase"]["gap"]["quantities"].get("gap"),
-            "expressive": r["expressivity_at_tau"]["holds"],
+            "expressive": r["two_phase"]["expressivity_after_phase1"]["holds"],
         }
         for r in rows
     ]
