@@ -16,7 +16,7 @@ BUILD  := $(BIN)/jupyter-book build . --toc "$(CURDIR)/book/_toc.yml" -W --keep-
 # a backend chosen in the environment would make the notebooks' figures vanish
 unexport MPLBACKEND
 
-.PHONY: help book serve lessons text pictures test unit check-lessons lint format bench clean distclean env
+.PHONY: help book serve lessons text pictures records test unit check-lessons lint format bench clean distclean env
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo "make lessons    run the lessons and write their notebooks (ONLY=01-width-bounds for one)"
 	@echo "make text       write the notebooks anew after a change of prose, with the outputs they have"
 	@echo "make pictures   the pictures of the home page and of the README"
+	@echo "make records    take the stored records of long runs anew (ONLY=minimum-norm-figure-1 for one)"
 	@echo "make unit       only the tests of the package; make lint, make format: ruff"
 	@echo "make check-lessons   nbval on the lessons in this environment (ONLY=... for one)"
 	@echo "make bench      the benchmarks; make clean: forget what was built; make distclean: .venv too"
@@ -64,6 +65,9 @@ text: $(STAMP)
 
 pictures: $(STAMP)
 	PYTHONPATH=. $(BIN)/python book/_tools/pictures.py
+
+records: $(STAMP)
+	PYTHONPATH=. $(BIN)/python book/_tools/take_records.py $(ONLY)
 
 # --- the tests
 

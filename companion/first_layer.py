@@ -184,7 +184,7 @@ def gate_counts(X: Float[Tensor, "N d"], W: Float[Tensor, "S d m"], chunk: int |
         Exact integers, given the signs of the pre-activations.
     """
     (S, _, m), N = W.shape, len(X)
-    chunk = min(m, max(64, default_chunk(2 * S, N, m, X))) if chunk is None else chunk
+    chunk = min(m, max(64, default_chunk(4 * S, N, m, X))) if chunk is None else chunk
     counts = torch.zeros(S, N, N, dtype=torch.int32, device=X.device)  # m < 2^31; int64 sums take longer
     gates = torch.empty(S * N * min(chunk, m), dtype=torch.int8, device=X.device)
     for _, Z in panels(X, W, chunk):

@@ -35,9 +35,10 @@ from companion.wide_limit import (
 )
 
 __all__ = [
-    "Constant", "Generalization", "KernelFit", "Lyapunov", "MinimumNorm", "certify", "certify_after", "formula",
-    "fragile_counts", "function_bound", "generalization_bound", "initialize", "kernel_regression", "linear_gd",
-    "lyapunov_terms", "perp_constant", "perp_constant_n1", "safe_step", "solve", "spectrum_bounds", "train",
+    "Constant", "Generalization", "KernelFit", "Lyapunov", "MinimumNorm", "certify", "certify_after", "figure_1_data",
+    "formula", "fragile_counts", "function_bound", "generalization_bound", "initialize", "kernel_regression",
+    "linear_gd", "lyapunov_terms", "perp_constant", "perp_constant_n1", "safe_step", "solve", "spectrum_bounds",
+    "train",
 ]  # fmt: skip
 
 
@@ -74,6 +75,25 @@ def initialize(
         one = torch.ones(S, drawn, dtype=torch.float64)
         return torch.cat([W, W], dim=2), torch.cat([one, -one], dim=1)
     return W, torch.randint(0, 2, (S, m), generator=generator).double().mul_(2).sub_(1)
+
+
+def figure_1_data(seed: int = 11, *, bias: bool = False) -> tuple[Float[Tensor, "100 d"], Float[Tensor, " 100"]]:
+    """Draw the data of the paper's Figure 1: ``x`` uniform in ``[-1, 1]^5``, scaled to norm 1; ``y = (x . beta)^2``.
+
+    The paper prints neither the law of ``beta`` (standard normal here) nor whether its bias is used in the figure.
+
+    Args:
+        seed: of the data.
+        bias: append a one to every input, as the paper's theory does.
+
+    Returns:
+        ``X`` ``(100, 5)``, or ``(100, 6)`` with the bias, and ``y`` ``(100,)``, standardized (divisor 99); float64.
+    """
+    g = torch.Generator().manual_seed(seed)
+    X = data.unit_rows(2 * torch.rand(100, 5, generator=g, dtype=torch.float64) - 1)
+    y = (X @ torch.randn(5, generator=g, dtype=torch.float64)) ** 2
+    y = (y - y.mean()) / y.std()
+    return (torch.cat([X, X.new_ones(100, 1)], 1) if bias else X), y
 
 
 def safe_step(X: Float[Tensor, "N d"]) -> float:

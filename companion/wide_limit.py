@@ -66,6 +66,7 @@ def perp_constant(
     step: float,
     *,
     kappa: float = 1.0,
+    steps: int | None = None,
     draws: int = 30_000,
     generator: torch.Generator | None = None,
 ) -> Constant:
@@ -78,9 +79,10 @@ def perp_constant(
 
     Args:
         X: inputs ``(N, d)``.
-        y: targets ``(N,)``.
+        y: the first residual ``(N,)``: the targets for mirrored pairs, else ``y - f_0``.
         step: eta, with ``eta lambda_max(H) < 2``.
         kappa: standard deviation of the initial weights.
+        steps: predict ``V_perp`` after so many steps; None for the limit.
         draws: neurons drawn for each input.
         generator: CPU generator; None for seed 0.
 
@@ -93,7 +95,10 @@ def perp_constant(
     slowest = float((1 - step * values).abs().max())
     if not slowest < 1:
         raise ValueError(f"step is {step}; less than 2/lambda_max = {2 / float(values[-1]):.3g} is needed")
-    steps = max(1, math.ceil(math.log(1e-6) / math.log(slowest))) if slowest > 0 else 1
+    if steps is None:
+        steps = max(1, math.ceil(math.log(1e-6) / math.log(slowest))) if slowest > 0 else 1
+    elif steps < 1:
+        raise ValueError(f"steps is {steps}; at least 1 is needed")
     k = torch.arange(steps, dtype=torch.float64, device=X.device)
     E = step * (((1 - step * values) ** k[:, None]) * (U.T @ y)) @ U.T  # (steps, N), eta e_k
     gram, parts = X @ X.T, []

@@ -455,3 +455,20 @@ def test_a_column_of_targets_is_accepted():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(mn.solve(X, y[:, None], W0, signs).W, mn.solve(X, y, W0, signs).W)
+
+
+def test_the_data_of_figure_1():
+    X, y = mn.figure_1_data()
+    assert X.shape == (100, 5)
+    torch.testing.assert_close(torch.linalg.vector_norm(X, dim=1), torch.ones(100, dtype=torch.float64))
+    assert float(y.mean()) == pytest.approx(0, abs=1e-12)
+    assert float(y.std()) == pytest.approx(1)
+    # y is a quadratic form of rank one, up to the shift: the Gram matrix of x_i x_i^T explains it, and all of it
+    products = torch.cat([torch.stack([torch.outer(x, x).flatten() for x in X]), X.new_ones(100, 1)], 1)
+    fit = torch.linalg.lstsq(products, y[:, None], driver="gelsd").solution
+    assert float((products @ fit - y[:, None]).abs().max()) < 1e-10
+    lifted, same = mn.figure_1_data(bias=True)
+    assert torch.equal(lifted[:, :5], X)
+    assert torch.equal(lifted[:, 5], torch.ones(100, dtype=torch.float64))
+    assert torch.equal(same, y)
+    assert not torch.equal(mn.figure_1_data(12)[1], y)

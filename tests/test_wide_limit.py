@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from companion import data, kernels, wide_limit
+from companion import data, first_layer, kernels, minimum_norm, wide_limit
 
 
 def example(lift=False):
@@ -77,6 +77,24 @@ def test_constant_of_the_example():
     assert near.value == pytest.approx(10 * far.value)
 
 
+@pytest.mark.parametrize("antisymmetric", [True, False])
+def test_constant_after_a_number_of_steps_is_what_training_shows(antisymmetric):
+    X, y = example()
+    X, y = X[:5], y[:5]
+    step, m = 0.8, 100_000
+    W, signs = minimum_norm.initialize(10, m, S=6, antisymmetric=antisymmetric)
+    first = y - first_layer.forward(X, W, signs)
+    run = minimum_norm.train(X, y, W, signs, step, 8, every=4)
+    for row, steps in ((1, 4), (2, 8)):
+        found = [wide_limit.perp_constant(X, e, step, steps=steps, draws=2000).value for e in first]
+        measured = math.sqrt(m) * run.observed["V_perp"][row].mean()
+        assert float(measured) == pytest.approx(sum(found) / 6, rel=0.06)
+    assert wide_limit.perp_constant(X, y, step, steps=1, draws=50).value == 0  # the range of J_0
+    end = wide_limit.perp_constant(X, y, step, draws=500).value
+    assert wide_limit.perp_constant(X, y, step, steps=1000, draws=500).value == pytest.approx(end, rel=1e-5)
+    assert wide_limit.perp_constant(X, y, step, steps=4, draws=500).value < 0.9 * end
+
+
 @given(seed=st.integers(0, 300), N=st.integers(2, 8), d=st.integers(2, 12), radius=st.floats(0.1, 10))
 def test_spectrum_bounds_enclose(seed, N, d, radius):
     X = data.sphere(N, d, torch.Generator().manual_seed(seed), radius=radius)
@@ -123,6 +141,8 @@ def test_bad_input_is_named(unchecked):
         wide_limit.generalization_bound(X, y, delta=1.0)
     with pytest.raises(ValueError, match="step is 9"):
         wide_limit.perp_constant(X, y, 9.0)
+    with pytest.raises(ValueError, match="steps is 0; at least 1"):
+        wide_limit.perp_constant(X, y, 0.1, steps=0)
     with pytest.raises(ValueError, match="0 < step < 2"):
         wide_limit.perp_constant_n1(1.0, 1.0, step=2.0)
     with pytest.raises(ValueError, match=r"parallel rows \(0, 1\)"):
