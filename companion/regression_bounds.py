@@ -84,6 +84,7 @@ def comparator_bound(
     loss: str = "squared",
     step: float,
     method: str = "gd",
+    comparators: Sequence[Tensor] = (),
 ) -> Float[Tensor, " T"]:
     """Compute ``min_V L(V) + |V_0 - V|^2 / (2 eta t)`` (gd) or ``... + 2 |V_0 - V|^2 / (eta (t+1)^2)`` (nesterov).
 
@@ -98,6 +99,7 @@ def comparator_bound(
         loss: ``"squared"`` or ``"cross_entropy"``.
         step: ``eta <= 1 / L_H``.
         method: ``"gd"`` or ``"nesterov"``.
+        comparators: further V to try, each ``(m+1, K)`` in the same coordinates.
 
     Returns:
         The bound at each t.
@@ -110,6 +112,9 @@ def comparator_bound(
         raise ValueError(f"method is {method!r}; 'gd' or 'nesterov' is needed")
     t = _times(t).to(M.device)
     losses, squares = _comparators(M, V0, Y, loss)
+    for V in comparators:
+        losses = torch.cat([losses, last_layer.average_loss(M, V, Y, loss)[None]])
+        squares = torch.cat([squares, (V - V0).square().sum()[None]])
     weight = 1 / (2 * step * t) if method == "gd" else 2 / (step * (t + 1) ** 2)
     start = last_layer.average_loss(M, V0, Y, loss)
     bound = (losses + weight[:, None] * squares).amin(1)

@@ -58,6 +58,19 @@ def test_comparators_are_optimal_among_themselves():
     assert float(rb.comparator_bound(M, V0, Y, 50, step=0.01)) == pytest.approx(best, rel=1e-10)
 
 
+def test_further_comparators_only_sharpen_the_bound():
+    M, V0, labels = problem(10, 6, loss="cross_entropy")
+    run = ll.phase2_gd(M, V0, labels, loss="cross_entropy", steps=200, centred=False)
+    better = [ll.phase2_lbfgs(M, V0, labels, loss="cross_entropy", ridge=r, steps=100).V for r in (1e-1, 1e-2, 1e-3)]
+    plain, sharp = (
+        rb.comparator_bound(M, V0, labels, run.steps, loss="cross_entropy", step=run.step, comparators=c)
+        for c in ((), better)
+    )
+    assert bool((sharp <= plain).all())
+    assert float(sharp[-1]) < float(plain[-1])
+    assert bool((run.losses <= sharp * (1 + 1e-9)).all())
+
+
 def test_linear_rate_holds_and_is_attained_at_the_slowest_direction():
     M, V0, Y = problem(8, 12)
     s = torch.linalg.svdvals(M)
