@@ -309,14 +309,13 @@ def _descend(
         else:
             c = (a[k - 1] - 1) / a[k]
             y, q = V + c * (V - params[2]), Q + c * (Q - params[3])
-        # the transposed product reads the features along their rows: twice as fast for few outputs
         new = y - eta / N * pull((slope(q, Y, loss).mT @ M).mT)
         if a is not None:
             params[2].copy_(V), params[3].copy_(Q)
-        V.copy_(new), Q.copy_(M @ back(new))
+        V.copy_(new), Q.copy_(_outputs(M, back(new)))
         return value
 
-    start = [V, M @ back(V)]
+    start = [V, _outputs(M, back(V))]
     start += [t.clone() for t in start] if a is not None else []
     config = {"kind": kind, "M": M, "Y": Y, "loss": loss, "step": eta.clone(), "centred": centred}
     run = descent.iterate(start, move, steps, every=every, config=config, **options)
@@ -325,6 +324,11 @@ def _descend(
     if single:
         V, losses, eta = V[0], losses[:, 0], float(eta[0])
     return Phase2(kind, V, losses, run.steps, eta, covered, centred)
+
+
+def _outputs(M: Tensor, V: Tensor) -> Tensor:
+    """``M V`` as the transpose of ``V^T M^T``: half the time for few outputs, and so is the gradient."""
+    return (V.mT @ M.mT).mT
 
 
 def _same(V: Tensor) -> Tensor:
@@ -522,7 +526,7 @@ def phase2_lbfgs(
 
     def objective() -> Tensor:
         optimizer.zero_grad()
-        value = pointwise(M @ back(V), Y, loss).mean() + 0.5 * ridge * back(V).square().sum()
+        value = pointwise(_outputs(M, back(V)), Y, loss).mean() + 0.5 * ridge * back(V).square().sum()
         value.backward()
         return value
 
