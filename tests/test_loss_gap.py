@@ -1,0 +1,464 @@
+"""The gap and the rate: enclosed losses against ball arithmetic, rates against runs, and bad input."""
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from companion import data, enclosures, loss_gap, verified, vision
+from companion.loss_gap import certify_gap, certify_rate, duplicate_floor_lower, loss_bounds
+
+try:
+    import flint
+except ImportError:  # the extra `certify`
+    flint = None
+
+needs_flint = pytest.mark.skipif(flint is None, reason="python-flint is not installed")
+
+
+def gaussian(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def mlp(widths, seed=0, **options):
+    return vision.mlp(widths, generator=torch.Generator().manual_seed(seed), **options)
+
+
+def labels(N, K, seed=0):
+    y = torch.randint(0, K, (N,), generator=torch.Generator().manual_seed(seed))
+    y[0], y[1] = 0, 1
+    return y
+
+
+def fit(model, X, Y):
+    """Least squares in the last layer."""
+    h, _ = enclosures.enclose(model, X, before=model.last)
+    M = torch.cat([h, torch.ones(len(h), 1, dtype=torch.float64)], dim=1)
+    V = torch.linalg.lstsq(M, Y, driver="gelsd").solution
+    with torch.no_grad():
+        model.last.weight.copy_(V[:-1].T)
+        model.last.bias.copy_(V[-1])
+    return M
+
+
+# --- The loss ---------------------------------------------------------------------------------------------------------
+
+
+def true_loss(q, y, loss):
+    """The averaged loss of exact outputs, in ball arithmetic."""
+    total = flint.arb(0)
+    for row, target in zip(q, y.tolist(), strict=True):
+        if loss == "squared":
+            total += sum(((a - flint.arb(b)) ** 2 for a, b in zip(row, target, strict=True)), flint.arb(0)) / 2
+        else:
+            total += sum(((a - row[target]).exp() for a in row), flint.arb(0)).log()
+    return total / len(q)
+
+
+def loss_trials(seeds, shrink=1.0):
+    """How many enclosures miss the loss of a point of the ball, and how many trials there were."""
+    missed, count = 0, 0
+    for seed in seeds:
+        g = torch.Generator().manual_seed(seed)
+        N, K = (int(n) for n in torch.randint(2, 5, (2,), generator=g))
+        loss = loss_gap.LOSSES[seed % 2]
+        size = 10.0 ** float(torch.randint(-3, 3, (), generator=g))
+        q = torch.randn(N, K, dtype=torch.float64, generator=g) * size
+        y = labels(N, K, seed)
+        if loss == "squared":
+            y = torch.randn(N, K, dtype=torch.float64, generator=g) * size
+            if seed % 3 == 0:
+                y = q * (1 + 1e-14 * torch.randn(N, K, dtype=torch.float64, generator=g))
+        elif seed % 3 == 0:
+            q[torch.arange(N), y] += 40  # nearly fitted
+        D = (
+            torch.rand(N, K, dtype=torch.float64, generator=g)
+            * size
+            * 10.0 ** -float(torch.randint(4, 20, (), generator=g))
+        )
+        corner = torch.randint(-1, 2, (N, K), generator=g).double()
+        with flint.ctx.workprec(500):
+            point = [
+                [flint.arb(a) + flint.arb(b) * flint.arb(c) for a, b, c in zip(*rows, strict=True)]
+                for rows in zip(q.tolist(), D.tolist(), corner.tolist(), strict=True)
+            ]
+            truth = true_loss(point, y, loss)
+            low, high = loss_bounds(q, D * shrink, y, loss)
+            missed += not (flint.arb(low) <= truth <= flint.arb(high))
+        count += 1
+    return missed, count
+
+
+@needs_flint
+def test_losses_are_enclosed():
+    assert loss_trials(range(2000)) == (0, 2000)
+
+
+@needs_flint
+def test_a_forgotten_radius_is_caught():
+    assert loss_trials(range(300), shrink=0.0)[0] > 50
+
+
+@needs_flint
+def test_forgotten_rounding_is_caught(monkeypatch):
+    monkeypatch.setattr(loss_gap, "UNIT", 0.0)
+    monkeypatch.setattr(loss_gap, "_GROW", 1.0)
+    assert loss_trials(range(2000), shrink=1.0)[0] > 0
+
+
+def test_losses_are_tight():
+    q, y, Y = gaussian(50, 4), labels(50, 4), gaussian(50, 4, seed=1)
+    zero = torch.zeros_like(q)
+    for target, loss, plain in (
+        (y, "cross_entropy", F.cross_entropy(q, y)),
+        (Y, "squared", 0.5 * (q - Y).square().sum() / 50),
+    ):
+        low, high = loss_bounds(q, zero, target, loss)
+        assert low <= float(plain) <= high <= low * (1 + 1e-7)
+    assert loss_bounds(q, zero, q.clone()) == (0.0, pytest.approx(1e-300))
+
+
+def test_extreme_outputs():
+    y = torch.tensor([0, 1])
+    for size in (1e3, 1e150, 1e-300):
+        q = torch.tensor([[1.0, -1.0, 0.5], [1.0, 3.0, 2.0]], dtype=torch.float64) * size
+        low, high = loss_bounds(q, torch.zeros_like(q), y, "cross_entropy")
+        assert 0 <= low <= high < math.inf
+        assert low <= float(F.cross_entropy(q, y)) <= high
+    huge = torch.tensor([[1e308, -1e308], [0.0, 0.0]], dtype=torch.float64)
+    assert loss_bounds(huge, torch.zeros_like(huge), y, "cross_entropy") == (0.0, math.inf)
+    assert loss_bounds(huge, torch.zeros_like(huge), -huge)[1] == math.inf
+    wrong = torch.tensor([[0.0, 1000.0], [1000.0, 0.0]], dtype=torch.float64)
+    low, high = loss_bounds(wrong, torch.zeros_like(wrong), y, "cross_entropy")
+    assert low <= 1000.0 <= high <= 1000.0 * (1 + 1e-8)
+
+
+# --- Equal inputs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_floor_of_equal_inputs_squared(seed):
+    groups = torch.randint(0, 4, (11,), generator=torch.Generator().manual_seed(seed))
+    groups = torch.unique(groups, return_inverse=True)[1]
+    Y = gaussian(11, 2, seed=seed)
+    best = sum(
+        (Y[groups == k] - Y[groups == k].mean(dim=0)).square().sum() / 2 for k in range(int(groups.max()) + 1)
+    ) / 11  # fmt: skip
+    floor = duplicate_floor_lower(groups, Y)
+    assert floor == pytest.approx(float(best), rel=1e-12)
+    exact = Fraction(0)
+    for k in groups.unique().tolist():
+        for column in Y[groups == k].T.tolist():
+            mean = sum(map(Fraction, column)) / len(column)
+            exact += sum((Fraction(v) - mean) ** 2 for v in column) / 2
+    assert Fraction(floor) <= exact / 11
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_floor_of_equal_inputs_cross_entropy(seed):
+    groups = torch.unique(
+        torch.randint(0, 4, (15,), generator=torch.Generator().manual_seed(seed)), return_inverse=True
+    )[1]
+    y = labels(15, 3, seed)
+    floor = duplicate_floor_lower(groups, y, "cross_entropy")
+    entropy = 0.0
+    for k in groups.unique().tolist():
+        p = torch.bincount(y[groups == k]).double()
+        p = p / p.sum()
+        entropy += float(torch.special.entr(p).sum()) * int((groups == k).sum())
+    assert floor <= entropy / 15
+    assert floor == pytest.approx(entropy / 15, rel=2e-9)
+
+
+def test_floor_is_zero_without_conflict():
+    groups = torch.tensor([0, 1, 0, 2])
+    assert duplicate_floor_lower(groups, torch.tensor([1, 0, 1, 0]), "cross_entropy") == 0.0
+    assert duplicate_floor_lower(groups, gaussian(4, 2)[groups]) == 0.0
+    assert duplicate_floor_lower(torch.arange(4), gaussian(4, 2)) == 0.0
+
+
+def test_equal_inputs_with_different_targets_are_subtracted():
+    X, Y = gaussian(12, 3), gaussian(12, 2, seed=1)
+    X[7] = X[2]
+    model = mlp((3, 8, 20, 2), activation=vision.Softplus)
+    averaged = Y.clone()
+    averaged[2] = averaged[7] = (Y[2] + Y[7]) / 2
+    fit(model, X, averaged)
+    found = certify_gap(model, X, Y).quantities
+    assert found["floor"] == pytest.approx(float((Y[2] - Y[7]).square().sum()) / 4 / 12, rel=1e-12)
+    assert found["loss_upper"] > found["floor"] > 0.01
+    assert 0 < found["gap"] < 1e-8
+
+
+# --- G: the gap -------------------------------------------------------------------------------------------------------
+
+
+@needs_flint
+@pytest.mark.parametrize("loss", loss_gap.LOSSES)
+def test_gap_bounds_the_true_network_s_loss(loss):
+    """Networks in ball arithmetic: Linear and ReLU are rational, so the truth is exact."""
+    for seed in range(40):
+        X, model = gaussian(4, 2, seed=seed), mlp((2, 3, 6, 2), seed=seed, activation=nn.ReLU)
+        y = gaussian(4, 2, seed=seed + 1) if loss == "squared" else labels(4, 2, seed)
+        if loss == "squared" and seed % 2:
+            fit(model, X, y)
+        found = certify_gap(model, X, y)
+        dense = [part for part in model if isinstance(part, nn.Linear)]
+        with flint.ctx.workprec(600):
+            outputs = []
+            for x in X.tolist():
+                h = [flint.arb(v) for v in x]
+                for part in dense:
+                    rows = zip(part.weight.tolist(), part.bias.tolist(), strict=True)
+                    h = [sum((flint.arb(w) * v for w, v in zip(r, h, strict=True)), flint.arb(b)) for r, b in rows]
+                    h = h if part is dense[-1] else [v if v >= 0 else flint.arb(0) for v in h]
+                outputs.append(h)
+            truth = true_loss(outputs, y, loss)
+            assert flint.arb(found.quantities["loss_lower"]) <= truth <= flint.arb(found.quantities["loss_upper"])
+            assert truth <= flint.arb(found.quantities["gap"])  # the infimum is 0, distinct inputs
+        assert found.holds
+        assert found.quantities["gap"] < 1e3
+
+
+def test_headline_least_squares_reaches_the_global_minimum():
+    digits = data.digits(n=150, normalize=False)
+    model = mlp((64, 16, 200, 10), activation=lambda: vision.Softplus(10.0))
+    before = certify_gap(model, digits.X, digits.Y)
+    fit(model, digits.X, digits.Y)
+    after = certify_gap(model, digits.X, digits.Y, within=1e-15)
+    assert before.quantities["gap"] > 0.1
+    assert after.holds
+    assert after.quantities["gap"] < 1e-15
+    assert after.status == "certified"
+    refused = certify_gap(model, digits.X, digits.Y, within=1e-40)
+    assert not refused.holds
+    assert refused.reason.startswith("gap: at most ")
+    assert refused.quantities["gap"] == after.quantities["gap"]
+
+
+def test_the_model_need_not_end_in_a_linear_layer():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU()).double()
+    assert certify_gap(model, gaussian(5, 3), gaussian(5, 4, seed=1)).holds
+
+
+def test_status_lines_name_the_library():
+    X, Y, y = gaussian(6, 3), gaussian(6, 2), labels(6, 2)
+    exact, curved = mlp((3, 4, 2), activation=nn.ReLU), mlp((3, 4, 2))
+    statuses = [
+        [a.status for a in c.assumptions]
+        for c in (certify_gap(exact, X, Y), certify_gap(curved, X, Y), certify_gap(exact, X, y))
+    ]
+    assert statuses == [["certified"], ["certified", "assumed"], ["certified", "assumed"]]
+
+
+def test_float32_networks_have_a_gap_too():
+    model = mlp((3, 8, 2), dtype=torch.float32)
+    X, y = gaussian(9, 3).float(), labels(9, 2)
+    found = certify_gap(model, X, y).quantities
+    assert found["loss_lower"] == pytest.approx(float(F.cross_entropy(model(X), y).detach()), rel=1e-5)
+    assert found["loss_upper"] - found["loss_lower"] < 1e-8
+    targets = certify_gap(model, X, gaussian(9, 2).float())
+    assert targets.holds
+
+
+@pytest.mark.parametrize("loss", loss_gap.LOSSES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_ridge_gap_against_the_optimum(loss, bias):
+    """The optimum of the regularized last layer, found by Newton's method, is never below what the gap allows."""
+    X, model = gaussian(20, 3), mlp((3, 5, 3), activation=nn.Tanh)
+    if not bias:
+        model.last = nn.Linear(5, 3, bias=False).double()
+    y = gaussian(20, 3, seed=2) if loss == "squared" else labels(20, 3)
+    h = enclosures.enclose(model, X, before=model.last)[0]
+    M = torch.cat([h, torch.ones(20, 1).double()], dim=1) if bias else h
+
+    def objective(V):
+        q = M @ V
+        fitted = 0.5 * (q - y).square().sum() / 20 if loss == "squared" else F.cross_entropy(q, y)
+        return fitted + ridge / 2 * V.square().sum()
+
+    for ridge in (1e-3, 1e-1, 10.0):
+        weight = model.last.weight.detach()
+        V0 = torch.cat([weight, model.last.bias.detach()[:, None]], dim=1).T if bias else weight.T
+        V = V0.clone()
+        for _ in range(60):
+            gradient = torch.func.grad(objective)(V)
+            H = torch.autograd.functional.hessian(objective, V).reshape(V.numel(), V.numel())
+            V = V - torch.linalg.solve(H, gradient.reshape(-1)).reshape(V.shape)
+        assert torch.func.grad(objective)(V).norm() < 1e-10
+        found = certify_gap(model, X, y, ridge=ridge).quantities
+        gap = float(objective(V0) - objective(V))
+        gradient = torch.func.grad(objective)(V0)
+        assert gap <= found["ridge_gap"] * (1 + 1e-9) + 1e-12
+        assert found["ridge_gap"] == pytest.approx(float(gradient.square().sum()) / (2 * ridge), rel=1e-9)
+        plain = torch.func.grad(lambda V, r=ridge: objective(V) - r / 2 * V.square().sum())(V0)
+        assert found["gradient_norm"] == pytest.approx(float(plain.norm()), rel=1e-9)
+
+
+# --- R: the rate ------------------------------------------------------------------------------------------------------
+
+
+def features(model, X):
+    h = enclosures.enclose(model, X, before=model.last)[0]
+    return torch.cat([h, torch.ones(len(h), 1, dtype=torch.float64)], dim=1)
+
+
+def test_rate_brackets_the_spectrum():
+    X, model = gaussian(20, 4), mlp((4, 6, 61, 3), activation=lambda: vision.Softplus(3.0))
+    found = certify_rate(model, X).quantities
+    values = torch.linalg.svdvals(features(model, X))
+    assert 0.5 * float(values[-1]) < found["sigma_min"] < float(values[-1])
+    assert float(values[0]) < found["sigma_max"] < float(values[0]) * (1 + 1e-6)
+    assert found["sigma_min"] <= found["sigma_min_floats"] - found["radius"]
+    assert found["max_step"] == pytest.approx(20 / float(values[0]) ** 2, rel=1e-6)
+    assert found["contraction"] == pytest.approx((found["sigma_min"] / found["sigma_max"]) ** 2, rel=1e-8)
+
+
+@pytest.mark.parametrize("loss", loss_gap.LOSSES)
+def test_gradient_descent_obeys_the_rate(loss):
+    X, model = gaussian(12, 4), mlp((4, 30, 3), activation=nn.Tanh)
+    y = gaussian(12, 3, seed=1) if loss == "squared" else labels(12, 3)
+    M = features(model, X)
+    layer = model.last
+    V0 = torch.cat([layer.weight.detach(), layer.bias.detach()[:, None]], dim=1).T
+    for steps in (1, 10, 200):
+        found = certify_rate(model, X, y=y, loss=loss, steps=steps).quantities
+        V, previous, momentum = V0.clone(), V0.clone(), 1.0
+
+        def value(V):
+            q = M @ V
+            return 0.5 * (q - y).square().sum() / 12 if loss == "squared" else F.cross_entropy(q, y)
+
+        for _ in range(steps):
+            V = V - found["max_step"] * torch.func.grad(value)(V)
+        assert float(value(V)) <= found["bound"]
+        if loss == "squared":
+            extra, V = V0.clone(), V0.clone()
+            for _ in range(steps):
+                previous, V = V, extra - found["max_step"] * torch.func.grad(value)(extra)
+                following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
+                extra, momentum = V + (momentum - 1) / following * (V - previous), following
+            assert float(value(V)) <= found["nesterov_bound"]
+            residual = (M @ V0 - y).norm()
+            assert found["distance"] >= float(torch.linalg.lstsq(M, y - M @ V0, driver="gelsd").solution.norm())
+            assert found["distance"] == pytest.approx(float(residual) / found["sigma_min"], rel=1e-6)
+
+
+def test_order_of_samples_and_neurons_hardly_matters():
+    X, model = gaussian(25, 4), mlp((4, 40, 3), activation=lambda: vision.Softplus(3.0))
+    sigma = certify_rate(model, X).quantities["sigma_min"]
+    order = torch.randperm(25, generator=torch.Generator().manual_seed(1))
+    assert certify_rate(model, X[order]).quantities["sigma_min"] == pytest.approx(sigma, rel=1e-6)
+    neurons = torch.randperm(40, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        for t in (model.wide.weight, model.wide.bias):
+            t.copy_(t[neurons])
+    assert certify_rate(model, X).quantities["sigma_min"] == pytest.approx(sigma, rel=1e-6)
+
+
+def test_powers_of_two_are_exact():
+    """Without the constant column the whole matrix scales with the inputs of a ReLU network, bit for bit."""
+    model = nn.Sequential(nn.Linear(4, 40, bias=False), nn.ReLU(), nn.Linear(40, 2, bias=False)).double()
+    nn.init.normal_(model[0].weight, generator=torch.Generator().manual_seed(0))
+    one = certify_rate(model, gaussian(20, 4)).quantities
+    for k in (-30, 7):
+        scaled = certify_rate(model, gaussian(20, 4) * 2.0**k).quantities
+        assert scaled["sigma_min_floats"] == one["sigma_min_floats"] * 2.0**k
+
+
+def test_silence_of_the_rate():
+    X = gaussian(20, 4)
+    narrow = certify_rate(mlp((4, 18, 2)), X)
+    assert narrow.reason == "width: M has 19 columns; at least N = 20 are needed"
+    twice = X.clone()
+    twice[3] = twice[5]
+    assert certify_rate(mlp((4, 40, 2)), twice).reason.startswith("sigma_min: 0.00e+00 was shown")
+    model = nn.Sequential(nn.Linear(4, 40), nn.GELU(), nn.Linear(40, 2)).double()
+    assert certify_rate(model, X).reason == "no_enclosure: no enclosure for GELU (1)"
+    assert certify_rate(nn.Sequential(*model, nn.Tanh()), X).reason.startswith("architecture: the last layer must be")
+    assert certify_gap(model, X, gaussian(20, 2)).reason == "no_enclosure: no enclosure for GELU (1)"
+
+
+def test_radius_larger_than_sigma_is_silence():
+    """sigma_N of the floats is positive, of the true features it is not shown: the rate must not speak."""
+    model = nn.Sequential(nn.Linear(2, 30), nn.Softplus(), nn.Linear(30, 2)).double()
+    nn.init.normal_(model[0].weight, generator=torch.Generator().manual_seed(0))
+    X = gaussian(12, 2)
+    certificate = certify_rate(model, X)
+    found = certificate.quantities
+    assert found["radius"] > 2e-9  # the jump of PyTorch's softplus, in every entry
+    assert found["sigma_min_floats"] > 0
+    if found["sigma_min_floats"] <= found["radius"]:
+        assert not certificate.holds
+        assert found["sigma_min"] == 0.0
+    assert certificate.holds == (found["sigma_min_floats"] > found["radius"])
+    close = X.clone()
+    close[4] = close[9] + 1e-10
+    silent = certify_rate(model, close)
+    assert not silent.holds
+    assert silent.reason.startswith("sigma_min: ")
+
+
+# --- Bad input --------------------------------------------------------------------------------------------------------
+
+MODEL, X = mlp((3, 20, 2)), gaussian(10, 3)
+Y, y = gaussian(10, 2, seed=1), labels(10, 2)
+
+
+@pytest.mark.parametrize("certify", [certify_gap, lambda model, X, y, **o: certify_rate(model, X, y=y, **o)])
+@pytest.mark.parametrize(
+    ("target", "options", "error", "message"),
+    [
+        ([1, 0], {}, TypeError, "y is a list; a torch.Tensor is needed"),
+        (Y, {"loss": "hinge"}, ValueError, "loss is 'hinge'; one of 'squared', 'cross_entropy' is needed"),
+        (
+            Y,
+            {"loss": "cross_entropy"},
+            TypeError,
+            r"y is torch.float64; loss 'cross_entropy' needs integer labels \(N,\)",
+        ),
+        (y, {"loss": "squared"}, TypeError, r"y is torch.int64; loss 'squared' needs floating-point targets \(N, K\)"),
+        (y > 0, {}, TypeError, "y is torch.bool; loss 'cross_entropy' needs integer labels"),
+        (Y[:9], {}, ValueError, r"y has shape \(9, 2\); \(N, K\) with N = 10 is needed"),
+        (Y[:, 0], {}, ValueError, r"y has shape \(10,\); \(N, K\) with N = 10 is needed"),
+        (y[:, None], {}, ValueError, r"y has shape \(10, 1\); \(N,\) with N = 10 is needed"),
+        (Y * math.nan, {}, ValueError, "y holds NaN or infinity; finite numbers are needed"),
+        (y * 0 + 1, {}, ValueError, "y holds labels from 1 to 1; two classes, from 0 on, are needed"),
+        (y - 1, {}, ValueError, "y holds labels from -1 to 0; two classes"),
+        (y * 2, {}, ValueError, "y has a label 2, but the model's outputs have shape"),
+        (Y[:, :1], {}, ValueError, r"y has shape \(10, 1\), but the model's outputs have shape \(10, 2\)"),
+    ],
+)
+def test_bad_targets(unchecked, certify, target, options, error, message):
+    with pytest.raises(error, match=message):
+        certify(MODEL, X, target, **options)
+
+
+def test_bad_arguments(unchecked):
+    for name in ("within", "ridge"):
+        for value in (0.0, -1.0, math.nan, math.inf):
+            with pytest.raises(ValueError, match=rf"{name} is .*; a positive finite number is needed"):
+                certify_gap(MODEL, X, Y, **{name: value})
+    with pytest.raises(ValueError, match="steps is 0; a positive number is needed"):
+        certify_rate(MODEL, X, steps=0)
+    with pytest.raises(ValueError, match=r"loss is 'hinge'"):
+        certify_rate(MODEL, X, loss="hinge")
+    for certify in (lambda X: certify_gap(MODEL, X, Y), lambda X: certify_rate(MODEL, X)):
+        with pytest.raises(TypeError, match=r"X is torch\.int64"):
+            certify(X.long())
+        with pytest.raises(ValueError, match="X holds NaN"):
+            certify(X * math.nan)
+        with pytest.raises(ValueError, match=r"X has shape \(0, 3\)"):
+            certify(X[:0])
+    assert certify_gap(nn.Sequential(MODEL, nn.ReLU()), X, Y, ridge=1.0).reason.startswith("architecture")
+    with pytest.raises(ValueError, match="method is 'qr'"):
+        certify_rate(MODEL, X, method="qr")
+
+
+def test_verified_is_the_only_arithmetic(monkeypatch):
+    """A dishonest sigma bound shows: the rate rests on `verified.sigma_min_lower` and nothing else."""
+    monkeypatch.setattr(verified, "sigma_min_lower", lambda M, method: 0.0)
+    assert not certify_rate(MODEL, X).holds
