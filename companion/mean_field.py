@@ -255,7 +255,7 @@ def _law_constants(
         if moved <= radius and far <= reach:
             return found, f"within {radius:.3g} of the initial particles"
         radius, reach = max(radius, moved * (1 + 1e-6)), max(reach, far * (1 + 1e-6))
-    return Constants(*[math.inf] * 7), "nowhere: no radius is left by no particle"
+    return Constants(*[math.inf] * 7), "nowhere: no radius found that no particle can leave"
 
 
 def _largest(c: Constants) -> Constants:
@@ -510,7 +510,7 @@ def _certificate(
     ball = search(block, theta, at, n, kappa, factor=factor, weights=weights, slack=slack)
     rows.append(compare("R_s, which no particle can leave", ball.radius, "<", math.inf, level))
     if not rows[-1].holds:
-        reason = "radius_diverged: no radius is left by no particle"
+        reason = "radius_diverged: no radius found that no particle can leave"
         return Certificate(_name(step), False, tuple(rows), values, reason)
     beta = min(ball.beta, (math.sqrt(at.top) + math.sqrt(at.lam) / 2) * up)
     lead = factor * ball.Lambda * at.r * up
