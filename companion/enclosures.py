@@ -364,6 +364,7 @@ def _run(network: Network, X: Tensor, target: fx.Node) -> Ball:
 
 
 def ancestors(target: fx.Node) -> set[fx.Node]:
+    """The nodes that `target` is computed from, itself included."""
     found, todo = {target}, [target]
     while todo:
         for source in todo.pop().all_input_nodes:

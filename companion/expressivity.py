@@ -224,6 +224,7 @@ def library_row(network: Network, nodes: set[fx.Node] | None = None) -> list[Ass
 
 
 def silent(theorem: str, rows: list[Assumption], reason: str) -> Certificate:
+    """The certificate of a theorem that is not shown, with its reason."""
     return Certificate(theorem, False, tuple(rows), {}, reason)
 
 
