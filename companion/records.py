@@ -12,10 +12,11 @@ import json
 import os
 import platform
 from collections.abc import Mapping
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from companion.certificate import plain
@@ -89,7 +90,7 @@ def write(
         "results": plain(results),
         "settings": plain(settings),
         "machine": machine(device),
-        "versions": {"python": platform.python_version()} | {n: metadata.version(n) for n in ("torch", "numpy")},
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__},
         "date": datetime.date.today().isoformat(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
