@@ -93,7 +93,7 @@ def gram_floor(X: Tensor, W: Tensor, signs: Tensor) -> Callable[[], Any]:
     def run() -> None:
         for a in range(0, m - c + 1, c):
             torch.mm(X, W[0, :, a : a + c], out=Z)
-            torch._int_mm(A, A.T)
+            torch._int_mm(A, A.T)  # noqa: SLF001
 
     return run
 

@@ -162,7 +162,8 @@ class Certificate:
         """The certificate as JSON; `options` go to `json.dumps`."""
         return json.dumps(self.to_dict(), ensure_ascii=False, **options)
 
-    def _rows(self) -> list[tuple[str, str, str, str, str]]:
+    def rows(self) -> list[tuple[str, str, str, str, str]]:
+        """The table's rows as text: assumption, found, needed, status, holds."""
         rows = []
         for a in self.assumptions:
             nothing = a.measured is None and a.required is None
@@ -172,7 +173,7 @@ class Certificate:
         return rows
 
     def __str__(self) -> str:
-        rows = [("assumption", "found", "needed", "status", "holds"), *self._rows()]
+        rows = [("assumption", "found", "needed", "status", "holds"), *self.rows()]
         widths = [max(len(r[c]) for r in rows) for c in range(5)]
         lines = [f"{self.theorem}: {self.verdict()}"]
         lines += ["  " + "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
@@ -183,7 +184,7 @@ class Certificate:
 
     def _repr_html_(self) -> str:
         head = _row(("assumption", "found", "needed", "status", "holds"), "th")
-        body = "".join(_row(r, "td") for r in self._rows())
+        body = "".join(_row(r, "td") for r in self.rows())
         rest = ", ".join(f"{html.escape(n)} = {html.escape(show(v))}" for n, v in self.quantities.items())
         return (
             f'<table class="certificate"><caption><b>{html.escape(self.theorem)}</b>: {html.escape(self.verdict())}'

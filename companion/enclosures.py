@@ -275,7 +275,7 @@ def read(model: nn.Module | Network) -> Network:
         raise TypeError(f"model is a {type(model).__name__}; a torch.nn.Module is needed")
     for name, part in model.named_modules():
         where = f"{type(part).__name__} ({name})" if name else type(part).__name__
-        if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
+        if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):  # noqa: SLF001
             raise NoEnclosure(f"no enclosure for {where}: it has forward hooks or a replaced forward")
     if any(p.is_complex() for p in model.parameters()):
         raise NoEnclosure(f"no enclosure for {type(model).__name__}: it has complex parameters")

@@ -158,7 +158,7 @@ def add_counts(total: Int[Tensor, "S N M"], A: Int[Tensor, "S N c"], B: Int[Tens
     # torch's int8 product leaves its output unwritten for a single column
     if A.device.type == "cpu" and A.shape[2] >= 16 and _int8_products():
         for t, a, b in zip(total, A, B, strict=True):
-            t.add_(torch._int_mm(a, b.T))
+            t.add_(torch._int_mm(a, b.T))  # noqa: SLF001
     else:  # below 2^24 every partial sum is an integer that float32 holds; TensorFloat-32 is exact too on such entries
         total.add_((A.float() @ B.float().mT).to(total.dtype))
 
@@ -169,7 +169,7 @@ def _int8_products() -> bool:
     if not hasattr(torch, "_int_mm"):
         return False
     A = (torch.arange(7 * 1001).reshape(7, 1001) ** 2 % 3 - 1).to(torch.int8)
-    return torch.equal(torch._int_mm(A, A.T), A.int() @ A.int().T)
+    return torch.equal(torch._int_mm(A, A.T), A.int() @ A.int().T)  # noqa: SLF001
 
 
 def gate_counts(X: Float[Tensor, "N d"], W: Float[Tensor, "S d m"], chunk: int | None = None) -> Int[Tensor, "S N N"]:

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from companion import descent, verified
+from companion import data, descent, verified
 
 LAMBDA = {"squared": 1.0, "cross_entropy": 0.5}  # Lipschitz constants of the losses' gradients
 _RIGOROUS = 4096  # up to this many samples or features sigma_1 is bounded rigorously
@@ -71,15 +71,11 @@ def check_problem(M: Tensor, V: Tensor | None, Y: Tensor, loss: str) -> None:
     """
     if loss not in LAMBDA:
         raise ValueError(f"loss is {loss!r}; 'squared' or 'cross_entropy' is needed")
-    for name, A in (("M", M), ("V", V), ("Y", Y if loss == "squared" else None)):
-        if A is None:
-            continue
-        if A.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"{name} has dtype {A.dtype}; torch.float32 or torch.float64 is needed")
-        if A.ndim not in (2, 3) or A.numel() == 0:
-            raise ValueError(f"{name} has shape {tuple(A.shape)}; a nonempty matrix, or a stack, is needed")
-        if not bool(torch.isfinite(A).all()):
-            raise ValueError(f"{name} holds NaN or infinity; finite numbers are needed")
+    data.check_matrix("M", M, "(N, m+1), or a stack,", stacks=True)
+    if V is not None:
+        data.check_matrix("V", V, "(m+1, K), or a stack,", stacks=True)
+    if loss == "squared":
+        data.check_matrix("Y", Y, "(N, K), or a stack,", stacks=True)
     if Y.shape[-2 if loss == "squared" else -1] != M.shape[-2]:
         raise ValueError(
             f"M has {M.shape[-2]} rows and Y has shape {tuple(Y.shape)}; one target for each row is needed"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import platform
 from collections.abc import Mapping
 from importlib import resources
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 
 from companion.certificate import plain
+from companion.runs import write_whole
 
 _FOLDER = resources.files("companion") / "stored"
 
@@ -93,8 +93,6 @@ def write(
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__},
         "date": datetime.date.today().isoformat(),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".json.part")
-    draft.write_text(json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf8")
-    os.replace(draft, path)
+    text = json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n"
+    write_whole(path, lambda fresh: fresh.write_text(text, encoding="utf8"))
     return path

@@ -12,20 +12,16 @@ import functools
 import hashlib
 import inspect
 import json
-import os
-import sys
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
+
+from companion import runs
 
 Result = dict[str, Any]
 
@@ -96,11 +92,11 @@ def sweep(
     missing = []
     for i, file in enumerate(files):
         if file is not None and file.exists():
-            results[i] = _read(file)
+            results[i] = _read(file)[1]
         else:
             missing.append(i)
     failures: list[Failure] = []
-    with _bar(progress, len(keys), len(keys) - len(missing)) as bar:
+    with runs.progress_bar(progress, len(keys) - len(missing), len(keys), "configuration") as bar:
         for i, outcome in _run(function, configurations, missing, executor):
             try:
                 results[i] = _checked(outcome(), configurations[i])
@@ -196,37 +192,17 @@ def _checked(result: Any, configuration: Mapping[str, Any]) -> Result:
 
 
 def _write(file: Path, result: Result, configuration: Mapping[str, Any]) -> None:
-    """Write a result to a file of another name and rename it: a file under its own name is always whole."""
     tensors = {k: v for k, v in result.items() if isinstance(v, Tensor)}
     plain = {k: v for k, v in result.items() if not isinstance(v, Tensor)}
-    header = {
-        "plain": json.dumps(plain),
-        "names": json.dumps(list(result)),
-        "configuration": json.dumps(dict(configuration), sort_keys=True),
-    }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    fresh = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")  # several sweeps may share a folder
-    try:
-        save_file({k: v.clone() for k, v in tensors.items()}, fresh, metadata=header)
-        with open(fresh, "rb+") as opened:
-            os.fsync(opened.fileno())
-        os.replace(fresh, file)
-    finally:
-        fresh.unlink(missing_ok=True)
+    header = {"plain": plain, "names": list(result), "configuration": dict(configuration)}
+    runs.write_tensors(file, tensors, header)
 
 
-def _read(file: Path) -> Result:
-    try:
-        with safetensors.safe_open(file, framework="pt") as opened:
-            header = opened.metadata() or {}
-        everything = load_file(file) | json.loads(header["plain"])
-        # copied into memory that torch allocated, as after a computation
-        values = {k: v.clone() if isinstance(v, Tensor) else v for k, v in everything.items()}
-        return {name: values[name] for name in json.loads(header["names"])}
-    except (safetensors.SafetensorError, KeyError, ValueError, OSError) as error:
-        raise ValueError(
-            f"store holds {file.name}, which cannot be read ({error}); delete it to compute it anew"
-        ) from error
+def _read(file: Path) -> tuple[dict[str, Any], Result]:
+    """The configuration and its result."""
+    tensors, header = runs.read_tensors(file, "store holds")
+    values = tensors | header["plain"]
+    return header["configuration"], {name: values[name] for name in header["names"]}
 
 
 def stored(store: str | Path) -> list[tuple[dict[str, Any], Result]]:
@@ -241,12 +217,7 @@ def stored(store: str | Path) -> list[tuple[dict[str, Any], Result]]:
     Raises:
         ValueError: a damaged file.
     """
-    pairs = []
-    for file in sorted(Path(store).glob("*.safetensors")):
-        result = _read(file)
-        with safetensors.safe_open(file, framework="pt") as opened:
-            pairs.append((json.loads(opened.metadata()["configuration"]), result))
-    return pairs
+    return [_read(file) for file in sorted(Path(store).glob("*.safetensors"))]
 
 
 def grid(**axes: Sequence[Any]) -> list[dict[str, Any]]:
@@ -267,19 +238,6 @@ def grid(**axes: Sequence[Any]) -> list[dict[str, Any]]:
             raise ValueError(f"axis {name!r} is empty; at least one value is needed")
         out = [{**c, name: value} for c in out for value in values]
     return out
-
-
-def _bar(progress: bool | None, total: int, done: int) -> tqdm:
-    terminal = sys.stderr is not None and sys.stderr.isatty()
-    hidden = not (terminal if progress is None else progress)
-    return tqdm(
-        total=total,
-        initial=done,
-        disable=hidden,
-        file=sys.stderr if terminal else sys.stdout,
-        leave=False,
-        unit="configuration",
-    )
 
 
 def one_thread() -> None:

@@ -7,10 +7,8 @@ the unmodified one.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,13 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from companion import descent, last_layer
+from companion import last_layer, runs
 from companion.last_layer import Phase2
 
 _CHECKPOINT_SECONDS = 30.0
@@ -318,8 +314,8 @@ def two_phase(
         raise TypeError(f"optimizer made {type(rule).__name__}; a torch.optim.Optimizer is needed")
     seed = int(torch.randint(2**62, (), generator=generator))
     settings = {"tau": tau, "loss": loss, "batch": batch, "seed": seed, "snapshots": sorted(snapshots)}
-    settings |= {"observables": sorted(observe or {}), "X": _digest([X]), "y": _digest([y])}
-    settings |= {"model": _digest(model.state_dict().values()), "optimizer": [type(rule).__name__, _rules(rule)]}
+    settings |= {"observables": sorted(observe or {}), "X": runs.digest(X), "y": runs.digest(y)}
+    settings |= {"model": runs.digest(model.state_dict()), "optimizer": [type(rule).__name__, _rules(rule)]}
     state = _Phase1(model, rule, scheduler(rule) if scheduler else None, dict(observe or {}), set(snapshots))
     store = _Store(Path(checkpoint), settings) if checkpoint is not None else None
     _phase1(state, X, y, tau, loss, batch, augment, seed, store, checkpoint_every, progress)
@@ -382,7 +378,7 @@ def _options(
     if phase2 in ("gd", "nesterov", "momentum_sgd"):
         options.setdefault("progress", progress)
         if store is not None:
-            options.setdefault("checkpoint", store.folder / "phase2.safetensors")
+            options.setdefault("checkpoint", store.path.with_name("phase2.safetensors"))
     if last.bias is None and phase2 in ("gd", "nesterov", "lbfgs"):
         options["centred"] = False
     if phase2 == "momentum_sgd":
@@ -473,8 +469,8 @@ def _phase1(
         state.model.train()
         saved, done = time.monotonic(), 0
         with (
-            descent._deferred_interrupt(store is not None) as interrupted,
-            descent._bar(progress, state.epoch * count + state.place, tau * count) as bar,
+            runs.held_interrupt(store is not None) as interrupted,
+            runs.progress_bar(progress, state.epoch * count + state.place, tau * count) as bar,
         ):
             while state.epoch < tau:
                 order = torch.randperm(len(X), generator=torch.Generator().manual_seed(seed + state.epoch))
@@ -525,14 +521,6 @@ def _close_epoch(state: _Phase1, N: int) -> None:
 # --- checkpoints
 
 
-def _digest(tensors: Iterable[Tensor]) -> str:
-    sha = hashlib.sha256()
-    for t in tensors:
-        sha.update(f"{t.dtype} {tuple(t.shape)}".encode())
-        sha.update(t.detach().cpu().contiguous().numpy().tobytes())
-    return sha.hexdigest()
-
-
 def _rules(rule: torch.optim.Optimizer) -> str:
     """The optimizer's numbers, learning rate and all, as text."""
     return repr([{k: v for k, v in sorted(group.items()) if k != "params"} for group in rule.param_groups])
@@ -565,7 +553,7 @@ class _Store:
     """One safetensors file for phase 1: model, optimizer, random state and history, with JSON in its header."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        self.folder, self.settings = folder, json.loads(json.dumps(settings))
+        self.settings = json.loads(json.dumps(settings))
         self.path = folder / "phase1.safetensors"
 
     def save(self, state: _Phase1) -> None:
@@ -583,25 +571,14 @@ class _Store:
             "optimizer": _pack(state.rule.state_dict(), "optimizer", tensors),
             "scheduler": _pack(state.scheduler and state.scheduler.state_dict(), "scheduler", tensors),
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        fresh = self.path.with_name(self.path.name + ".tmp")
-        copies = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
-        save_file(copies, fresh, metadata={k: json.dumps(v) for k, v in header.items()})
-        with open(fresh, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(fresh, self.path)
+        runs.write_tensors(self.path, tensors, header)
 
     def load(self, state: _Phase1) -> bool:
         """Fill the state from the file; false without one."""
         if not self.path.exists():
             return False
-        try:
-            with safetensors.safe_open(self.path, framework="pt") as file:
-                header = {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-            found = header["settings"]
-        except (safetensors.SafetensorError, KeyError, ValueError, OSError) as error:
-            raise ValueError(f"checkpoint {self.path} cannot be read ({error}); delete it to start afresh") from error
+        tensors, header = runs.read_tensors(self.path, "checkpoint")
+        found = header["settings"]
         other = [k for k in {**found, **self.settings} if found.get(k) != self.settings.get(k)]
         if other:
             raise ValueError(f"checkpoint {self.path} is of a run with another {', '.join(other)}; choose a new folder")

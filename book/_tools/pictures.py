@@ -102,7 +102,7 @@ def readme_pictures() -> None:
     axis.set(yscale="log", xlabel="step k", ylabel="$\\|R_k\\|_F$", title="50 points, 1,600 neurons, 6,000 steps")
     axis.legend()
     figure.savefig(STATIC / "readme-curve.png", dpi=150)
-    rows = [("assumption", "found", "needed", "status", "holds"), *cert._rows()]
+    rows = [("assumption", "found", "needed", "status", "holds"), *cert.rows()]
     figure, axis = plt.subplots(figsize=(8.2, 3.0))
     axis.axis("off")
     axis.set_title(f"{cert.theorem}: {cert.verdict()}", loc="left", fontweight="bold")
