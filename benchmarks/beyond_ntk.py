@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from companion import data, enclosures, verified, vision
+from companion import data, enclosures, networks, verified, vision
 from companion.expressivity import certify_expressivity, separation
 
 N, M = 2000, 2100
@@ -38,7 +38,7 @@ SIDE, IMAGES, WIDE = 14, 60_000, 61_440
 
 
 def softplus() -> nn.Module:
-    return vision.Softplus(10.0)
+    return networks.Softplus(10.0)
 
 
 # --- W6: a proof of full rank -----------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def images(n: int, folder: str | None) -> tuple[Tensor, str]:
     return (X.clamp(0, 1) * 255).round().flatten(1) / 255, "synthetic"
 
 
-def networks(wide: int) -> dict[str, nn.Module]:
+def both_networks(wide: int) -> dict[str, nn.Module]:
     """The two networks, at their initial values."""
     g = torch.Generator().manual_seed(0)
     return {
@@ -179,7 +179,7 @@ def expressive(n: int, wide: int, folder: str | None) -> dict[str, Any]:
     """The certificate and its parts, once each: CPU seconds, pairs inspected, radius."""
     X, source = images(n, folder)
     rows = []
-    for name, model in networks(wide).items():
+    for name, model in both_networks(wide).items():
         made: list[Any] = []
         total = harness.seconds(lambda model=model, made=made: made.append(certify_expressivity(model, X)))
         (certificate,) = made

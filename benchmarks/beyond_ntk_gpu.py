@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from companion import data, last_layer, vision
+from companion import data, last_layer, networks, vision
 from companion import two_phase as recipe
 from companion.expressivity import certify_expressivity
 from companion.loss_gap import certify_gap
@@ -75,7 +75,7 @@ def network(s: dict[str, Any], seed: int, device: str) -> nn.Sequential:
         s["channels"],
         s["wide"],
         10,
-        activation=lambda: vision.Softplus(s["beta"]),
+        activation=lambda: networks.Softplus(s["beta"]),
         generator=torch.Generator().manual_seed(seed),
         dtype=torch.float32,
         device=device,

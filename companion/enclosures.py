@@ -27,8 +27,8 @@ from jaxtyping import Float
 from torch import Tensor, fx, nn
 
 from companion import verified
+from companion.networks.layers import Residual, Softplus
 from companion.verified import Ball
-from companion.vision import Residual, Softplus
 
 BATCH = 256
 

@@ -24,8 +24,8 @@ from torch import Tensor, fx, nn
 from companion import enclosures, verified
 from companion.certificate import Assumption, Certificate, assumed, compare
 from companion.enclosures import BATCH, Network, NoEnclosure
+from companion.networks.layers import Sine, Softplus
 from companion.verified import UNIT
-from companion.vision import Sine, Softplus
 
 ANALYTIC: tuple[Any, ...] = (
     Softplus, Sine, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU,
@@ -320,7 +320,7 @@ def _expressive_rows(end: Head, X: Tensor) -> tuple[list[Assumption], str]:
     if _shared(end.network, end.wide):
         return rows, "architecture: the wide layer is used twice or shares its parameters"
     if not rows[2].holds:
-        why = "clipped, not analytic; use companion.vision.Softplus" if "Softplus" in end.activation else "not listed"
+        why = "clipped, not analytic; use companion.networks.Softplus" if "Softplus" in end.activation else "not listed"
         return rows, f"activation: {end.activation} is {why}"
     if not rows[3].holds:
         return rows, "bias: the wide layer has none, and odd activations then lose rank"

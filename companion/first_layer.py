@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from companion import data
+
 _PANEL_BYTES = 8 * 2**20  # one panel on a CPU: it stays in the cache between its product and what is done with it
 _PANEL_BYTES_GPU = 32 * 2**20
 
@@ -192,6 +194,36 @@ def gate_counts(X: Float[Tensor, "N d"], W: Float[Tensor, "S d m"], chunk: int |
         A = gates[: Z.numel()].view(Z.shape).copy_(torch.gt(Z, 0, out=Z))
         add_counts(counts, A, A)
     return counts.long()
+
+
+def empirical_gram(
+    X: Float[Tensor, "N d"], W: Float[Tensor, "*S d m"], *, chunk: int | None = None
+) -> Float[Tensor, "*S N N"]:
+    """Compute ``G = J J^T``, ``G_ij = x_i.x_j #{r: w_r.x_i > 0, w_r.x_j > 0} / m``, the NTK of one trained ReLU layer.
+
+    The network is ``f(x) = sum_r a_r relu(w_r.x) / sqrt(m)``, ``a_r = +-1``, with W trained; the signs cancel. The
+    counts are exact integers, streamed over the neurons, and J (N x m d numbers) is never formed.
+
+    Args:
+        X: inputs ``(N, d)``.
+        W: weights ``(d, m)`` or ``(S, d, m)``.
+        chunk: neurons at a time, None for panels of a few megabytes; the counts do not depend on it.
+
+    Returns:
+        ``(N, N)`` or ``(S, N, N)``; only the N^2 products with ``x_i.x_j`` are rounded.
+
+    Raises:
+        ValueError: NaN, infinity or another dtype than floating point, or shapes that do not fit.
+    """
+    data.check(X, geometry=False)
+    if W.ndim not in (2, 3) or W.shape[-2] != X.shape[1] or W.dtype != X.dtype or W.device != X.device:
+        found = f"{tuple(W.shape)} {W.dtype} on {W.device}"
+        raise ValueError(f"W is {found}; (d, m) or (S, d, m) with d = {X.shape[1]}, {X.dtype}, {X.device} is needed")
+    if not finite(W):
+        raise ValueError("W holds NaN or infinity; finite numbers are needed")
+    counts = gate_counts(X, W if W.ndim == 3 else W[None], chunk)
+    G = (X @ X.T) * counts.to(X.dtype) / W.shape[-1]
+    return G if W.ndim == 3 else G[0]
 
 
 class WideStep:

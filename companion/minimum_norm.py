@@ -211,7 +211,7 @@ def solve(X: Float[Tensor, "N d"], y: Tensor, W0: Tensor, signs: Tensor) -> Mini
             singular in floating point.
     """
     y, W0, signs = _checked(X, y, W0, signs, precise=True, geometry=True)
-    gram = kernels.empirical_gram(X, W0)
+    gram = first_layer.empirical_gram(X, W0)
     factor, info = torch.linalg.cholesky_ex(gram)
     if bool(info.any()):
         s = int(info.nonzero()[0, 0])
@@ -282,7 +282,7 @@ def lyapunov_terms(solution: MinimumNorm, W: Float[Tensor, "*S d m"], step: floa
     e = s.y - first_layer.forward(s.X, W, s.signs)
     b = s.y - first_layer.tangent(s.X, W, s.signs, s.W)
     gap = s.y - e - first_layer.tangent(s.X, s.W0, s.signs, W)
-    pushed = (e * (kernels.empirical_gram(s.X, W) @ e[..., None])[..., 0]).sum(-1)
+    pushed = (e * (first_layer.empirical_gram(s.X, W) @ e[..., None])[..., 0]).sum(-1)
     change = eta * ((e * b).sum(-1) - e.square().sum(-1)) + 0.5 * eta**2 * pushed
     flips = torch.zeros_like(s.gram, dtype=torch.int64)
     for (_, Z0), (_, Z) in zip(first_layer.panels(s.X, s.W0), first_layer.panels(s.X, W), strict=True):
@@ -343,7 +343,7 @@ def train(
     eta = _steps(step, len(W0), X)
     if decompose and solution is None:
         solution = solve(X, y, W0, signs)
-    gram = kernels.empirical_gram(X, W0) if solution is None else solution.gram
+    gram = first_layer.empirical_gram(X, W0) if solution is None else solution.gram
     _warn_large(eta * largest_eigenvalue(gram))
     observe = dict(options.pop("observe", None) or {})
     if decompose:
@@ -396,7 +396,7 @@ def _prepare(
     norm_e = torch.linalg.vector_norm(e, dim=1)
     if certified:
         norm_e = norm_e * (1 + SLACK) + gates.output_error(X, W, e)
-    problem = Problem(X, W, e, norm_e, eta, kernels.empirical_gram(X, W), certified)
+    problem = Problem(X, W, e, norm_e, eta, first_layer.empirical_gram(X, W), certified)
     if refusal is None:
         _warn_large(eta * largest_eigenvalue(problem.gram))
     return problem, y, W0, signs, refusal

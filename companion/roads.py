@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from companion import networks, verified
+from companion import arbs, networks, verified
 from companion.certificate import Certificate, assumed, compare
 from companion.networks import Activation, activation
 from companion.shallow import LOSSES, check_shallow, pointwise
@@ -300,17 +300,16 @@ def full_rank_certificate(weights: Sequence[Tensor], X: Float[Tensor, "N d"], ac
         ValueError: an activation that is not analytic, or weights that do not fit.
         ModuleNotFoundError: python-flint is not installed.
     """
-    from companion import shallow_exact
 
     if X.dtype != torch.float64:
         raise TypeError(f"X is {X.dtype}; a float64 tensor is needed")
-    if act not in shallow_exact.BALL_ACTIVATIONS:
-        known = ", ".join(shallow_exact.BALL_ACTIVATIONS)
+    if act not in arbs.BALL_ACTIVATIONS:
+        known = ", ".join(arbs.BALL_ACTIVATIONS)
         raise ValueError(f"act is {act!r}; an analytic activation, one of {known}, is needed")
     networks.check_weights(weights, X)
     if weights[0].ndim == 3 and len(weights[0]) != 1:
         raise ValueError(f"weights holds {len(weights[0])} networks; one is needed")
-    middle, radius = shallow_exact.enclosed_features([W.reshape(W.shape[-2:]) for W in weights], X, act)
+    middle, radius = arbs.enclosed_features([W.reshape(W.shape[-2:]) for W in weights], X, act)
     N, m = middle.shape
     floor = 0.0
     if m >= N:

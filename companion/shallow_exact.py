@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from companion.arbs import Jet, ball_functions, ends, flint
+
 EXACT_ACTIVATIONS = ("exp", "sigmoid", "tanh", "sin")
-Jet = tuple[Any, Any, Any]  # sigma, sigma', sigma'' in any number type
 Base = Fraction | int | tuple[Fraction | int, Fraction | int]
 
 
@@ -240,48 +241,6 @@ def best_exact_neuron(
 # --- intervals --------------------------------------------------------------------------------------------------------
 
 
-def flint() -> Any:
-    """The module python-flint, or a clear error."""
-    try:
-        import flint
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "interval certificates need python-flint; install it with: pip install wide-enough[certify]"
-        ) from None
-    return flint
-
-
-def _ball_functions() -> dict[str, Callable[[Any], Jet]]:
-    def of_tanh(z: Any) -> Jet:
-        t = z.tanh()
-        return t, 1 - t * t, -2 * t * (1 - t * t)
-
-    def of_sigmoid(z: Any) -> Jet:
-        s = 1 / (1 + (-z).exp())
-        return s, s * (1 - s), s * (1 - s) * (1 - 2 * s)
-
-    def of_softplus(z: Any) -> Jet:
-        s = 1 / (1 + (-z).exp())
-        return (1 + z.exp()).log(), s, s * (1 - s)
-
-    def of_gauss(z: Any) -> Jet:
-        g = (-z * z / 2).exp()
-        return g, -z * g, (z * z - 1) * g
-
-    return {
-        "sin": lambda z: (z.sin(), z.cos(), -z.sin()),
-        "cos": lambda z: (z.cos(), -z.sin(), -z.cos()),
-        "exp": lambda z: (z.exp(),) * 3,
-        "tanh": of_tanh,
-        "sigmoid": of_sigmoid,
-        "softplus": of_softplus,
-        "gauss": of_gauss,
-    }
-
-
-BALL_ACTIVATIONS = tuple(_ball_functions())
-
-
 def ball_derivatives(W: Sequence[Sequence[Any]], v: Sequence[Any], X: Tensor, y: Tensor, act: str) -> Jets2:
     """Loss, gradient, Hessian on balls: every true value for weights in the balls lies in the result.
 
@@ -295,7 +254,7 @@ def ball_derivatives(W: Sequence[Sequence[Any]], v: Sequence[Any], X: Tensor, y:
     Returns:
         The `Jets2`, entries of type ``flint.arb``.
     """
-    arb, jet = flint().arb, _ball_functions()[act]
+    arb, jet = flint().arb, ball_functions()[act]
     X, y = [[arb(t) for t in row] for row in X.tolist()], [arb(t) for t in y.tolist()]
     jets = [[jet(sum((w[d] * row[d] for d in range(len(row))), arb(0))) for w in W] for row in X]
     return derivatives(jets, v, X, y)
@@ -335,7 +294,7 @@ def krawczyk(W: Tensor, v: Tensor, X: Tensor, y: Tensor, act: str) -> Krawczyk:
 
     here = at([arb(t) for t in theta])
     H = torch.tensor([[float(t.mid()) for t in row] for row in here.hessian], dtype=torch.float64)
-    low, high = _ends(here.loss)
+    low, high = ends(here.loss)
     if int(torch.linalg.matrix_rank(H)) < len(H):
         return Krawczyk(None, 0.0, low, high)
     R = [[arb(t) for t in row] for row in torch.linalg.inv(H).tolist()]  # any matrix will do: nothing trusts it
@@ -355,32 +314,5 @@ def krawczyk(W: Tensor, v: Tensor, X: Tensor, y: Tensor, act: str) -> Krawczyk:
             )
             inside &= bool(abs(newton[i]) + spread * r < r)
         if inside and smallest > 0 and len(pivots) == len(theta):
-            return Krawczyk(r, smallest, *_ends(box.loss))
+            return Krawczyk(r, smallest, *ends(box.loss))
     return Krawczyk(None, smallest, low, high)
-
-
-def _ends(ball: Any) -> tuple[float, float]:
-    """Floats below and above a ball."""
-    return math.nextafter(float(ball.lower()), -math.inf), math.nextafter(float(ball.upper()), math.inf)
-
-
-def enclosed_features(weights: Sequence[Tensor], X: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    """Midpoints and radii (N, m) that enclose the last hidden features of a network of any depth, weights taken exact.
-
-    Args:
-        weights: L matrices ``(n_in, n_out)``.
-        X: inputs (N, d).
-        act: one of `BALL_ACTIVATIONS`.
-
-    Returns:
-        Midpoints as floats, and upper bounds on the distance of the true features from them.
-    """
-    lib, jet = flint(), _ball_functions()[act]
-    F = lib.arb_mat(X.tolist())
-    for W in weights[:-1]:
-        Z = F * lib.arb_mat(W.tolist())
-        F = lib.arb_mat([[jet(Z[i, j])[0] for j in range(Z.ncols())] for i in range(Z.nrows())])
-    rows = [[F[i, j] for j in range(F.ncols())] for i in range(F.nrows())]
-    middle = [[float(t.mid()) for t in row] for row in rows]
-    radius = [[_ends(abs(t - c))[1] for t, c in zip(r, cs, strict=True)] for r, cs in zip(rows, middle, strict=True)]
-    return torch.tensor(middle, dtype=torch.float64), torch.tensor(radius, dtype=torch.float64)

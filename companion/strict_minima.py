@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from companion import shallow_exact
+from companion import arbs, shallow_exact
 from companion.certificate import Assumption, Certificate, compare
 from companion.networks import Activation
 from companion.shallow import check_shallow, loss_derivatives, train_lm_newton
@@ -180,8 +180,8 @@ def _exact_certificate(point: Any, X: Any, Y: Any, act: str, competitor: Any) ->
 def _interval_certificate(
     weights: Sequence[Tensor], X: Tensor, Y: Tensor, act: str, competitor: Sequence[Tensor]
 ) -> Certificate:
-    if act not in shallow_exact.BALL_ACTIVATIONS:
-        raise ValueError(f"act is {act!r}; one of {', '.join(shallow_exact.BALL_ACTIVATIONS)} is needed for balls")
+    if act not in arbs.BALL_ACTIVATIONS:
+        raise ValueError(f"act is {act!r}; one of {', '.join(arbs.BALL_ACTIVATIONS)} is needed for balls")
     if len(weights[0]) != 1 or X.ndim != 2 or Y.ndim != 2:
         raise ValueError(f"weights holds {len(weights[0])} networks; the interval certificate takes one")
     (W,), (V,) = weights
