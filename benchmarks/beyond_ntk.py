@@ -29,8 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from companion import data, enclosures, networks, verified, vision
-from companion.expressivity import certify_expressivity, separation
+from companion import data, networks, rigor
+from companion.beyond_ntk import vision
+from companion.beyond_ntk.expressivity import certify_expressivity, separation
 
 N, M = 2000, 2100
 PRIME = 8388593
@@ -59,7 +60,7 @@ def product(A: Tensor, out: Tensor) -> Tensor:
 
 def ours(A: Tensor, method: str = "auto") -> float:
     """The public call: a lower bound on sigma_min that is a theorem about the floats of A."""
-    return verified.sigma_min_lower(A, method=method)
+    return rigor.sigma_min_lower(A, method=method)
 
 
 def cholesky(A: Tensor) -> float:
@@ -184,7 +185,7 @@ def expressive(n: int, wide: int, folder: str | None) -> dict[str, Any]:
         total = harness.seconds(lambda model=model, made=made: made.append(certify_expressivity(model, X)))
         (certificate,) = made
         ball: list[Any] = []
-        passes = harness.seconds(lambda m=model, b=ball: b.append(enclosures.enclose(m, X, before=m.wide)))
+        passes = harness.seconds(lambda m=model, b=ball: b.append(rigor.enclose(m, X, before=m.wide)))
         apart: list[Any] = []
         sort = harness.seconds(lambda b=ball[0], a=apart: a.append(separation(*b)))
         rows.append(

@@ -35,7 +35,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from companion import data, first_layer, kernels
+from companion import data, kernels
+from companion.minimum_norm import first_layer
 
 N, D, NARROW = 500, 64, 4096  # NARROW: the width of the peers that cannot do more
 ETA = 0.01

@@ -8,7 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from companion import arbs, basins, data, langevin, networks, roads, shallow, shallow_exact, strict_minima
+from companion import basins, data, networks
+from companion.basins import certificates as strict_minima
+from companion.basins import exact as shallow_exact
+from companion.basins import langevin, roads, shallow
+from companion.rigor import arbs
 
 F64 = torch.float64
 SMOOTH = ["tanh", "softplus", "sigmoid", "sin", "exp", "cos", "gauss"]

@@ -7,7 +7,11 @@ import torch
 from torch import nn
 
 from companion import beyond_ntk as by
-from companion import data, expressivity, loss_gap, networks, two_phase, verified, vision
+from companion import data, networks
+from companion.beyond_ntk import expressivity, vision
+from companion.beyond_ntk import gap_and_rate as loss_gap
+from companion.beyond_ntk import recipe as two_phase
+from companion.rigor import linear_algebra as verified
 
 
 def seeded(seed=0):

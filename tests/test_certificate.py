@@ -19,7 +19,7 @@ from companion.certificate import (
     plain,
     show,
 )
-from companion.claims import ClaimFailed, Claims
+from companion.lab.claims import ClaimFailed, Claims
 
 numbers = st.floats(allow_nan=True, allow_infinity=True)
 

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from companion import constructions as co
-from companion import data, networks, vision
+from companion import data, networks
+from companion.beyond_ntk import constructions as co
+from companion.beyond_ntk import vision
 
 
 def seeded(seed=0):

@@ -10,8 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from companion import enclosures, networks, verified, vision
-from companion.enclosures import NoEnclosure
+from companion import networks
+from companion.beyond_ntk import vision
+from companion.rigor import linear_algebra as verified
+from companion.rigor import modules as enclosures
+from companion.rigor.modules import NoEnclosure
 
 try:
     import flint

@@ -12,8 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from companion import data, enclosures, expressivity, networks, verified, vision
-from companion.expressivity import certify_expressivity, equal_inputs, head, separation
+from companion import data, networks
+from companion.beyond_ntk import expressivity, vision
+from companion.beyond_ntk.expressivity import certify_expressivity, equal_inputs, head, separation
+from companion.rigor import linear_algebra as verified
+from companion.rigor import modules as enclosures
 
 
 def gaussian(*shape, seed=0):

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from companion import data, first_layer, kernels, networks
+from companion import data, kernels, networks
+from companion.minimum_norm import first_layer
 
 
 def rows(N, d, seed):

@@ -9,8 +9,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from companion import data, descent, first_layer
+from companion import data, descent
 from companion import minimum_norm as mn
+from companion.minimum_norm import first_layer
 
 
 def example():

@@ -7,7 +7,7 @@ from importlib import metadata
 import pytest
 import torch
 
-from companion import records
+from companion.lab import records
 
 
 def test_what_is_written_comes_back(tmp_path):

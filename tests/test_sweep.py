@@ -16,8 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from companion import sweep as sw
-from companion.sweep import grid, stored, sweep
+from companion.lab import sweeps as sw
+from companion.lab.sweeps import grid, stored, sweep
 
 calls = []
 
@@ -93,7 +93,7 @@ def test_a_dask_cluster_gives_the_same_bits(serial, tmp_path):
         sys.path[:0] = [{str(Path(__file__).parents[1])!r}, {str(Path(__file__).parent)!r}]
         torch.set_num_threads(1)
         from distributed import Client, LocalCluster
-        from companion.sweep import one_thread, sweep
+        from companion.lab.sweeps import one_thread, sweep
         import sweep_work
 
         if __name__ == "__main__":

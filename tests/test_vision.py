@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from companion import networks, vision
+from companion import networks
+from companion.beyond_ntk import vision
 
 
 def seeded(seed=0):

@@ -12,8 +12,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from companion import data, descent, kernels, networks, plotting
+from companion import data, descent, kernels, networks
 from companion import width_bounds as wb
+from companion.lab import plotting
 
 STATIC = Path(__file__).parents[1] / "_static"
 
