@@ -35,13 +35,14 @@ and two roundings follow. k = 0: ``1.172 * 1.78 + 2 < 4.1 u``; k = -1, largest a
 ``2^k - 1`` is rounded. Beyond ``|x| = 20``, tanh(20) stands for tanh x: they differ by less than ``2 e^-40 < 0.08 u``.
 
 **log** ``= k log 2 + log(1 + f)``, ``x = 2^k (1 + f)``, ``1 + f`` in ``[sqrt(1/2), sqrt(2))`` and f exact. With
-``s = f / (2 + f)``, ``h = f^2 / 2`` and ``P = log(1+f)/s - 2 = sum_(j>=1) 2 s^(2j) / (2j+1)``:
-``log(1+f) = f - (h - s (h + P))``. Ten terms leave a remainder below ``0.002 u``. ``|s| <= 0.1716``, two roundings; ``s^2`` five; P, at most 0.0198, at
-most 9.4; h, at most 0.0858, one. So ``h + P`` errs by ``(0.0858 + 0.187 + 0.1056) u``, ``s (h + P)`` by
-``(0.1716 * 0.379 + 3 * 0.0182) u < 0.12 u``, ``h - s (h + P)`` by ``(0.0858 + 0.12 + 0.0182 + 0.0858) u < 0.31 u``
-with the small ``k LO`` in it, and f less that by ``(0.31 + 0.3467) u``. For k = 0 this is relatively at most
-``1 + 0.31 / 0.3466 < 1.9`` u (for smaller ``|f|`` the first part falls like f^2, the logarithm like f). For other k the
-sum with ``k HI``, which is exact, adds u, and the result is at least ``log(2) / 2``: ``1 + 0.657 / 0.3465 < 2.9 u``.
+``s = f / (2 + f)``, ``h = f^2 / 2`` and ``P = log(1 + f) / s - 2 = sum_(j>=1) 2 s^(2j) / (2j+1)``:
+``log(1 + f) = f - (h - s (h + P))``. Ten terms leave a remainder below ``0.002 u``. ``|s| <= 0.1716``, two roundings;
+``s^2`` five; P, at most 0.0198, at most 9.4; h, at most 0.0858, one. So ``h + P`` errs by
+``(0.0858 + 0.187 + 0.1056) u``, ``s (h + P)`` by ``(0.1716 * 0.379 + 3 * 0.0182) u < 0.12 u``, ``h - s (h + P)`` by
+``(0.0858 + 0.12 + 0.0182 + 0.0858) u < 0.31 u`` with the small ``k LO`` in it, and f less that by
+``(0.31 + 0.3467) u``. For k = 0 this is relatively at most ``1 + 0.31 / 0.3466 < 1.9`` u (for smaller ``|f|`` the first
+part falls like f^2, the logarithm like f). For other k the sum with ``k HI``, which is exact, adds u, and the result is
+at least ``log(2) / 2``: ``1 + 0.657 / 0.3465 < 2.9 u``.
 
 **log1p** is the same with f = x and k = 0 where ``-0.2928 < x < 0.4142``. Elsewhere ``1 + x = w + c`` exactly, with
 ``w = fl(1 + x)`` and ``|c| <= u w``, and ``c / w`` joins ``k LO``: ``log(1 + c / w)`` less ``c / w`` is second order.
