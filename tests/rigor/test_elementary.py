@@ -7,9 +7,9 @@ from fractions import Fraction
 import pytest
 import torch
 
-from companion import elementary
-from companion.elementary import ERROR, LARGEST, TINY, ends
-from companion.verified import UNIT
+from companion.rigor import elementary
+from companion.rigor.elementary import ERROR, ends
+from companion.rigor.rounding import LARGEST, TINY, UNIT
 
 flint = pytest.importorskip("flint")
 

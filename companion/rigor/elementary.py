@@ -64,15 +64,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from companion.verified import UNIT
-
-TINY = 2.0**-1020
-LARGEST = torch.finfo(torch.float64).max
+from companion.rigor.rounding import LARGEST, MAGNITUDE, TINY, UNIT, power_of_two
 
 LN2_HI = 2977044471 / 2**32
 LN2_LO = 1.9082149292705877e-10
 _ROOT_HALF = 0x3FE6A09E667F3BCD  # the bits of sqrt(1/2)
-_MAGNITUDE = 2**63 - 1  # all bits but the sign
 _EXP = [1 / math.factorial(j + 2) for j in range(13)]
 _LOG = [2 / (2 * j + 3) for j in range(10)]
 
@@ -86,11 +82,6 @@ def _polynomial(coefficients: list[float], x: Tensor) -> Tensor:
     for c in reversed(coefficients[:-1]):
         total = torch.addcmul(x.new_tensor(c), total, x)
     return total
-
-
-def _power_of_two(k: Tensor) -> Tensor:
-    """``2^k`` for whole numbers k from -1022 to 1023, made of bits."""
-    return ((k.to(torch.int64) + 1023) << 52).view(torch.float64)
 
 
 def _reduced(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,7 +123,7 @@ def exp(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
     """
     k, s = _reduced(x.clamp(-746.0, 710.0))
     half = torch.floor(0.5 * k)
-    return (1 + s) * _power_of_two(half) * _power_of_two(k - half)
+    return (1 + s) * power_of_two(half) * power_of_two(k - half)
 
 
 def expm1(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
@@ -147,7 +138,7 @@ def expm1(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
     Source: derived at the top of this module.
     """
     k, s = _reduced(x.clamp(-700.0, 710.0))
-    half = _power_of_two(k - 1)  # 2^1024 would be no float
+    half = power_of_two(k - 1)  # 2^1024 would be no float
     return torch.where(k == 0, s, 2 * (half * s + (half - 0.5)))
 
 
@@ -179,7 +170,7 @@ def log(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
     """
     out = _log_of(*_fraction(x), 0.0)
     bits = x.view(torch.int64)  # a comparison with 0 might take a subnormal number for 0
-    out = torch.where(bits & _MAGNITUDE == 0, -math.inf, torch.where(bits < 0, math.nan, out))
+    out = torch.where(bits & MAGNITUDE == 0, -math.inf, torch.where(bits < 0, math.nan, out))
     return torch.where(torch.isfinite(x) | (x < 0), out, x)
 
 
