@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from companion.rigor import elementary
-from companion.rigor.rounding import LARGEST, TINY, down, gamma, scaled, up, widened
+from companion.rigor.rounding import LARGEST, TINY, down, gamma, up, widened
 
 __all__ = ["Interval", "Number", "cat", "point", "stack"]
 
@@ -215,7 +215,7 @@ def _lift(value: Number, like: Interval) -> Interval:
         return value
     if isinstance(value, float) and not (value * 2**20).is_integer():
         raise TypeError(
-            f"{value!r} is no short binary fraction; point(Fraction(...)) or point({value!r}) says which number is meant"
+            f"{value!r} is no short binary fraction; point({value!r}) or point(Fraction(...)) says what is meant"
         )
     return point(value, like.lo.device)
 

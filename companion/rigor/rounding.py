@@ -7,11 +7,11 @@ Notation: ``u = 2^-53``, ``gamma_k = k u / (1 - k u)``. Two things are assumed o
   ``|fl(a.b) - a.b| <= gamma_k |a|.|b|``.
 
 Both up to underflow. A processor may also be told to take every operand and every result below ``2^-1022`` for zero,
-and keeps that setting for each thread apart, so that no test can tell what another thread does. Nothing here forbids it:
-an operand that is lost moves a sum by less than ``2^-1022`` and a product by less than ``2^-1022`` times the other
-factor, a lost result by less than ``2^-1022``, and every bound leaves room for that: `up` and `down` move by
-``TINY = 2^-1020`` at least, and where subnormal operands may meet large ones (`has_subnormal`), a term for them is
-added. Comparisons, copies and moves of bits lose nothing.
+and keeps that setting for each thread apart, so that no test can tell what another thread does. Nothing here forbids
+it: a lost operand moves a sum by less than ``2^-1022`` and a product by less than ``2^-1022`` times the other factor, a
+lost result by less than ``2^-1022``, and every bound leaves room for that: `up` and `down` move by ``TINY = 2^-1020``
+at least, and where subnormal operands may meet large ones (`has_subnormal`), a term for them is added. A comparison may
+take a subnormal number for 0; copies and moves of bits lose nothing.
 
 That excludes Strassen's products, TF32 and emulated float64, so what is rigorous runs on the CPU.
 """
