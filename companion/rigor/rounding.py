@@ -153,3 +153,34 @@ def widened(x: Tensor) -> tuple[Tensor, Tensor]:
     small = (bits & MAGNITUDE > 0) & (bits & MAGNITUDE < 2**52)
     below, above = (torch.where(bits < 0, low, high) for low, high in ((-(2.0**-1022), 0.0), (0.0, 2.0**-1022)))
     return torch.where(small, below.to(x), x), torch.where(small, above.to(x), x)
+
+
+# --- Input ------------------------------------------------------------------------------------------------------------
+
+
+def checked(A: Tensor, name: str = "A") -> Tensor:
+    """Return a matrix on the CPU and outside autograd, or say in one sentence why it is refused.
+
+    Args:
+        A: float64 matrix ``(n, m)``, finite.
+        name: what the caller calls it.
+
+    Returns:
+        The same numbers.
+
+    Raises:
+        TypeError: not a tensor, or not float64.
+        ValueError: not 2-D, empty, NaN or infinity.
+    """
+    if not isinstance(A, Tensor):
+        raise TypeError(f"{name} is a {type(A).__name__}; a torch.Tensor is needed")
+    if A.dtype != torch.float64:
+        raise TypeError(
+            f"{name} is {A.dtype}; rigorous bounds need float64 (cast with {name}.double(), which is exact)"
+        )
+    if A.ndim != 2 or A.numel() == 0:
+        raise ValueError(f"{name} has shape {tuple(A.shape)}; a matrix (n, m) with n, m >= 1 is needed")
+    A = A.detach().cpu()
+    if not all(math.isfinite(end) for end in A.aminmax()):
+        raise ValueError(f"{name} holds NaN or infinity; finite numbers are needed")
+    return A
