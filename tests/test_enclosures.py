@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from companion import networks
+from companion import rigor as verified
 from companion.beyond_ntk import vision
-from companion.rigor import linear_algebra as verified
 from companion.rigor import modules as enclosures
 from companion.rigor.modules import NoEnclosure
 

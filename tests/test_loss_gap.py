@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from companion import data, networks
+from companion import rigor as verified
 from companion.beyond_ntk import gap_and_rate as loss_gap
 from companion.beyond_ntk import vision
 from companion.beyond_ntk.gap_and_rate import certify_gap, certify_rate, duplicate_floor_lower, loss_bounds
-from companion.rigor import linear_algebra as verified
 from companion.rigor import modules as enclosures
 
 try:

@@ -5,8 +5,8 @@ the radius grows by what the rounding may have done. `companion.rigor.modules` s
 
 A layer that is a product of k terms errs by ``gamma_k (|W| |h| + |b|)``. The radius is computed in floats as well, from
 sums of at most 2^22 nonnegative numbers: ``GROW`` covers their roundings. ``exp``, ``log`` and ``tanh`` are those of
-`companion.rigor.elementary`, with the errors proved there. Where subnormal numbers count as 0, an entry of the input moves
-by less than ``TINY``, which joins its radius, and a subnormal weight takes `_lost`.
+`companion.rigor.elementary`, with the errors proved there. Where subnormal numbers count as 0, an entry of the input
+moves by less than ``TINY``, which joins its radius, and a subnormal weight takes `_lost`.
 """
 
 from __future__ import annotations

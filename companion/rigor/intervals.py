@@ -100,6 +100,10 @@ class Interval:
             low, high = low * Interval(base.lo, base.lo), high * Interval(base.hi, base.hi)
         return Interval(low.lo if exponent % 2 else low.lo.clamp(min=0.0), high.hi)
 
+    def reciprocal(self) -> Interval:
+        """``1 / x``."""
+        return 1 / self
+
     def square(self) -> Interval:
         """``x^2``, never below 0."""
         return self**2

@@ -212,7 +212,7 @@ def norm(A: Tensor | Interval, dim: int = -1) -> Any:
 
 
 def _scaled_along(A: Tensor, *dims: int) -> tuple[Tensor, Tensor]:
-    """``(S, e)`` with ``A = 2^e S`` and the largest entry of S along `dims` in [1/2, 1), or A where that is no number."""
+    """``(S, e)`` with ``A = 2^e S`` and the largest entry of S along `dims` in [1/2, 1), where that is a number."""
     A = A.double()
     top = A.abs().amax(dims, keepdim=True)
     exponent = torch.where(torch.isfinite(top), torch.frexp(top)[1], 0)

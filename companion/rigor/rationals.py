@@ -17,7 +17,7 @@ from torch import Tensor
 
 from companion.rigor.rounding import MAGNITUDE, checked
 
-__all__ = ["exact_rank", "exact_sigma_min_exceeds", "ldl_pivots", "null_space", "to_fractions", "whole_numbers"]
+__all__ = ["exact_rank", "exact_sigma_min_exceeds", "null_space", "to_fractions", "whole_numbers"]
 
 
 def whole_numbers(A: Float[Tensor, "n m"]) -> tuple[list[list[int]], int]:
@@ -64,11 +64,11 @@ def to_fractions(A: Float[Tensor, "n m"]) -> list[list[Fraction]]:
 
 
 class _Step(NamedTuple):
-    """A pivot: its column, its value, and whether rows were exchanged to find it."""
+    """A pivot: its column, its value, and whether it stood on the diagonal."""
 
     column: int
     pivot: int
-    exchanged: bool
+    diagonal: bool
 
 
 def _eliminate(M: list[list[int]], above: bool = False) -> Iterator[_Step]:
@@ -85,7 +85,7 @@ def _eliminate(M: list[list[int]], above: bool = False) -> Iterator[_Step]:
         M[lead], M[found] = M[found], M[lead]
         top = M[lead]
         pivot = top[column]
-        yield _Step(column, pivot, found != lead)
+        yield _Step(column, pivot, found == lead == column)
         for r in range(0 if above else lead + 1, len(M)):
             if r != lead:
                 head = M[r][column]
@@ -93,36 +93,6 @@ def _eliminate(M: list[list[int]], above: bool = False) -> Iterator[_Step]:
         previous, lead = pivot, lead + 1
         if lead == len(M):
             return
-
-
-def _cleared(A: Sequence[Sequence[Fraction | int]]) -> tuple[list[list[int]], int]:
-    """A rational matrix times its common denominator, and that denominator."""
-    rows = [[Fraction(a) for a in row] for row in A]
-    scale = math.lcm(*(a.denominator for row in rows for a in row))
-    return [[int(a * scale) for a in row] for row in rows], scale
-
-
-def ldl_pivots(A: Sequence[Sequence[Fraction | int]]) -> list[Fraction]:
-    """Compute the pivots of a symmetric rational ``A = L D L^T``, up to and with the first that is not positive.
-
-    Args:
-        A: p rows of p rational numbers.
-
-    Returns:
-        The pivots, quotients of successive leading minors; A is positive definite exactly when there are p positive ones.
-
-    Source: Sylvester's criterion; Bareiss (1968), fraction-free elimination.
-    """
-    M, scale = _cleared(A)
-    pivots, previous = [], 1
-    for k, step in enumerate(_eliminate(M)):
-        if step.column != k or step.exchanged:  # the pivot in place is 0
-            return [*pivots, Fraction(0)]
-        pivots.append(Fraction(step.pivot, previous * scale))
-        if step.pivot < 0:
-            return pivots
-        previous = step.pivot
-    return pivots if len(pivots) == len(M) else [*pivots, Fraction(0)]
 
 
 def exact_rank(A: Float[Tensor, "n m"]) -> int:
@@ -154,7 +124,9 @@ def null_space(A: Sequence[Sequence[Fraction | int]]) -> list[list[Fraction]]:
     Returns:
         ``m - rank A`` vectors of m fractions, each with a 1 at its free column.
     """
-    M = _cleared(A)[0]
+    rows = [[Fraction(a) for a in row] for row in A]
+    scale = math.lcm(*(a.denominator for row in rows for a in row))
+    M = [[int(a * scale) for a in row] for row in rows]
     steps = list(_eliminate(M, above=True))
     lead = [step.column for step in steps]
     basis = []
@@ -168,7 +140,7 @@ def null_space(A: Sequence[Sequence[Fraction | int]]) -> list[list[Fraction]]:
 
 
 def exact_sigma_min_exceeds(A: Float[Tensor, "n m"], s: float | Fraction) -> bool:
-    """Decide ``sigma_min(A) > s`` exactly: ``A A^T - s^2 I`` has only positive pivots in ``L D L^T``.
+    """Decide ``sigma_min(A) > s`` exactly: all leading minors of ``A A^T - s^2 I`` are positive.
 
     Args:
         A: float64 matrix ``(n, m)``, finite. With n > m the answer is always False.
@@ -190,5 +162,9 @@ def exact_sigma_min_exceeds(A: Float[Tensor, "n m"], s: float | Fraction) -> boo
     gram = [[square.denominator * sum(a * b for a, b in zip(x, y, strict=True)) for y in rows] for x in rows]
     for i, row in enumerate(gram):
         row[i] -= square.numerator
-    pivots = ldl_pivots(gram)
-    return len(pivots) == len(gram) and pivots[-1] > 0
+    positive = 0
+    for step in _eliminate(gram):
+        if not (step.diagonal and step.pivot > 0):
+            return False
+        positive += 1
+    return positive == len(gram)
