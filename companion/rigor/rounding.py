@@ -151,8 +151,9 @@ def widened(x: Tensor) -> tuple[Tensor, Tensor]:
         return x, x
     bits = x.view(torch.int64)
     small = (bits & MAGNITUDE > 0) & (bits & MAGNITUDE < 2**52)
-    below, above = (torch.where(bits < 0, low, high) for low, high in ((-(2.0**-1022), 0.0), (0.0, 2.0**-1022)))
-    return torch.where(small, below.to(x), x), torch.where(small, above.to(x), x)
+    edge = torch.where(small, torch.full_like(x, 2.0**-1022), x)
+    zero = torch.where(small, torch.zeros_like(x), x)
+    return torch.where(small & (bits < 0), -edge, zero), torch.where(small & (bits > 0), edge, zero)
 
 
 # --- Input ------------------------------------------------------------------------------------------------------------
