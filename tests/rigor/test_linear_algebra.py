@@ -12,11 +12,15 @@ from hypothesis import strategies as st
 from oracles import (
     conditioned,
     exact_product,
+    flushing,
     frobenius_square,
     gaussian,
+    gram,
     hilbert,
     matrix,
     norm_below,
+    positive_definite,
+    shifted,
     singular,
 )
 
@@ -418,3 +422,152 @@ def test_bad_arguments(unchecked):
     for s in (-1.0, math.nan, math.inf, Fraction(-1, 2)):
         with pytest.raises(ValueError, match=r"s is .*; a finite number >= 0 is needed"):
             rigor.exact_sigma_min_exceeds(GOOD, s)
+
+
+# --- Each error term, with a planted guess ----------------------------------------------------------------------------
+
+
+def planted(monkeypatch, L):
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda A: (L.clone(), torch.tensor(0)))
+
+
+def test_a_dense_residual_counts_both_halves(monkeypatch):
+    n = 6
+    M = torch.eye(n, dtype=torch.float64) + 0.1 * (1 - torch.eye(n, dtype=torch.float64))  # ||M - I|| = 0.5
+    planted(monkeypatch, torch.eye(n, dtype=torch.float64))
+    assert linear_algebra._cholesky_error(M) >= 0.5
+
+
+def test_the_rounding_of_the_product_of_the_factor_counts(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    seen = 0
+    for _ in range(20):
+        a, b = torch.rand(2, dtype=torch.float64, generator=g).tolist()
+        L = matrix([1.0, 0.0], [a, b])
+        M = L @ L.T  # so that the computed residual is exactly 0
+        exact = abs(Fraction(float(M[1, 1])) - Fraction(a) ** 2 - Fraction(b) ** 2)
+        planted(monkeypatch, L)
+        assert Fraction(linear_algebra._cholesky_error(M)) >= exact
+        seen += exact > 0
+    assert seen > 5
+
+
+@given(
+    st.integers(0, 200), st.integers(0, 9), st.sampled_from([0.0, 1e-9, 1e-3]), st.sampled_from([1.0, 1e-200, 1e200])
+)
+def test_eig_min_lower_is_proved_by_rationals_and_tight(seed, ill, size, scale):
+    g = torch.Generator().manual_seed(seed)
+    A = torch.randn(4, 4, generator=g, dtype=torch.float64)
+    G = scale * (A @ torch.diag(torch.tensor([1, 1, 1, 10.0**-ill], dtype=torch.float64)) @ A.T)
+    noise = (torch.rand(4, 4, generator=g, dtype=torch.float64) - 0.5).tril()
+    truth = G.tril() + scale * size * noise  # some matrix within the radius
+    bound = rigor.eig_min_lower(G, torch.full((4, 4), scale * size, dtype=torch.float64))
+    M = [[Fraction(float(truth[max(i, j), min(i, j)])) for j in range(4)] for i in range(4)]
+    assert bound == 0.0 or positive_definite(shifted(M, 1, -Fraction(bound)))
+    if ill <= 5 and size == 0:
+        assert bound > scale * (0.99 * float(torch.linalg.eigvalsh(G / scale)[0]) - 1e-13)
+
+
+def test_nothing_is_shown_of_a_singular_matrix():
+    A = gaussian(5, 3, 0)
+    assert rigor.eig_min_lower(A @ A.T, rigor.product_radius(A, A.T)) == 0.0
+
+
+def test_auto_takes_the_inverse_bound_where_the_shift_bound_loses_a_percent():
+    gained = 0
+    for seed in range(40):
+        A = conditioned(4, 6, 10.0 ** (5 + seed % 3), seed)
+        auto, shift, inverse = assert_below(A)
+        assert auto >= 0.98 * max(shift, inverse)
+        gained += auto > 1.01 * shift > 0
+    assert gained > 0
+
+
+# --- Where small numbers are flushed ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-307, 1e-310, 1e-320, 1.0])
+def test_bounds_hold_where_small_numbers_are_flushed(scale):
+    for seed in range(6):
+        A = gaussian(3, 5, seed) * scale
+        with flushing():
+            low, spectral = rigor.sigma_min_lower(A), rigor.spectral_norm_upper(A)
+            frobenius = rigor.frobenius_norm_upper(A)
+        assert low == 0 or rigor.exact_sigma_min_exceeds(A, low)
+        assert norm_below(A, spectral)
+        assert Fraction(frobenius) ** 2 >= frobenius_square(A)
+        assert low > 0 or scale < 1e-306
+
+
+@pytest.mark.parametrize(("left", "right"), [(1e-310, 1e300), (1e300, 1e-310), (1e-160, 1e-160), (1e-320, 1.0)])
+def test_products_hold_where_small_numbers_are_flushed(left, right):
+    lost = 0
+    for seed in range(10):
+        A, B = gaussian(2, 3, seed) * left, gaussian(3, 2, seed + 50) * right
+        with flushing():
+            product, radius, error = A @ B, rigor.product_radius(A, B), rigor.product_error(A, B)
+        exact, computed, radius = exact_product(A, B), rigor.to_fractions(product), rigor.to_fractions(radius)
+        total = Fraction(0)
+        for i, j in itertools.product(range(2), range(2)):
+            assert abs(computed[i][j] - exact[i][j]) <= radius[i][j]
+            total += (computed[i][j] - exact[i][j]) ** 2
+            lost += computed[i][j] == 0 != exact[i][j]
+        assert Fraction(error) ** 2 >= total
+    assert lost > 0
+
+
+# --- Norms of any size ------------------------------------------------------------------------------------------------
+
+
+def square_between(found, row, i):
+    true = sum(Fraction(a) ** 2 for a in row)
+    return Fraction(float(found.lo[i])) ** 2 <= true and (
+        math.isinf(float(found.hi[i])) or true <= Fraction(float(found.hi[i])) ** 2
+    )
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-300, 1e-200, 1e-163, 1e155, 1e200, 1e300, 1e-310])
+def test_norms_of_any_size(scale):
+    A = gaussian(4, 7, 3) * scale
+    A[2] = 0
+    found = rigor.norm(rigor.point(A), -1)
+    assert all(square_between(found, row, i) for i, row in enumerate(A.tolist()))
+    measured = rigor.norm(A, -1)
+    assert bool((found.lo <= measured).all())
+    assert bool((measured <= found.hi).all())
+    if scale > 1e-305:
+        assert bool((found.hi - found.lo <= 1e-14 * measured + 1e-306).all())
+        torch.testing.assert_close(measured, gaussian(4, 7, 3).index_fill(0, torch.tensor(2), 0).norm(dim=-1) * scale)
+        torch.testing.assert_close(
+            rigor.spectral_norm(A) / scale, torch.linalg.matrix_norm(A / scale, 2), rtol=1e-13, atol=0
+        )
+    assert rigor.norm(A.float(), -1).dtype == torch.float32
+    both = rigor.norm(rigor.point(A), 0)
+    assert all(square_between(both, column, i) for i, column in enumerate(A.T.tolist()))
+
+
+def test_norms_of_wide_intervals_and_of_infinity():
+    low, high = matrix([-1.0, 3.0])[0], matrix([2.0, 4.0])[0]
+    found = rigor.norm(rigor.Interval(low, high), -1)
+    assert 3 - 1e-14 < float(found.lo) <= 3
+    assert math.sqrt(20) <= float(found.hi) < math.sqrt(20) + 1e-14
+    assert float(rigor.norm(matrix([math.inf, 1.0])[0])) == math.inf
+    assert float(rigor.norm(matrix([1e308, 1e308, 1e308, 1e308])[0])) == math.inf
+    assert math.isnan(float(rigor.norm(matrix([math.nan, 1.0])[0])))
+    large = rigor.norm(rigor.point(matrix([1e308, 1e308, 1e308, 1e308])[0]))
+    assert float(large.lo) == sys.float_info.max
+    assert float(large.hi) == math.inf
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1.0, 1e200])
+def test_gram_matrices_of_any_size(scale):
+    A = torch.stack([gaussian(3, 5, 1), 1e-90 * gaussian(3, 5, 2)]) * scale
+    G, exponent = rigor.gram(A)
+    assert G.shape == (2, 3, 3)
+    for s in range(2):
+        exact = gram(A[s])
+        unit = Fraction(4) ** int(exponent[s])
+        error = max(abs(Fraction(float(G[s, i, j])) * unit - exact[i][j]) for i in range(3) for j in range(3))
+        assert error <= Fraction(1, 2**45) * max(exact[i][i] for i in range(3))
+    assert bool((G.abs() <= 5).all())
+    assert rigor.spectral_norm(torch.zeros(2, 3, dtype=torch.float64)) == 0

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import re
+from fractions import Fraction
 
 import pytest
 import torch
@@ -533,3 +534,39 @@ def test_bad_arguments(unchecked):
         modules.enclose(LINE, X, batch=0)
     with pytest.raises(ValueError, match="Linear is not a part of the model; one of its own modules is needed"):
         modules.enclose(LINE, X, before=nn.Linear(3, 2))
+
+
+# --- Pools ------------------------------------------------------------------------------------------------------------
+
+
+def pooled(X, size):
+    """The means of an adaptive pool over the last two axes, in fractions."""
+
+    def windows(n, m):
+        return [range(i * n // m, -(-(i + 1) * n // m)) for i in range(m)]
+
+    rows, columns = (windows(n, m) for n, m in zip((len(X), len(X[0])), size, strict=True))
+    return [
+        sum((Fraction(X[a][b]) for a in r for b in c), Fraction(0)) / (len(r) * len(c)) for r in rows for c in columns
+    ]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (3, 2)])
+@pytest.mark.parametrize("axes", [3, 4])
+def test_adaptive_pools_of_three_and_four_axes(size, axes):
+    x = torch.rand(2, 3000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    X = x if axes == 3 else x[:, None]
+    value, radius = modules.enclose(nn.AdaptiveAvgPool2d(size), X)
+    exact = [mean for sample in x.tolist() for mean in pooled(sample, size)]
+    for v, r, mean in zip(value.flatten().tolist(), radius.flatten().tolist(), exact, strict=True):
+        assert abs(Fraction(v) - mean) <= Fraction(r)
+    assert float(radius.max()) < 1e-11
+
+
+def test_rows_in_another_order_are_not_told_apart_by_a_pool():
+    """Two inputs whose means are equal: a count of one axis for two once took them for different."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(3000, 2, generator=g, dtype=torch.float64)
+    X = torch.stack([x, x[torch.randperm(3000, generator=g)]])
+    value, radius = modules.enclose(nn.Sequential(nn.AdaptiveAvgPool2d((1, 2)), nn.Flatten()), X)
+    assert bool(((value[0] - value[1]).abs() <= radius[0] + radius[1]).all())
