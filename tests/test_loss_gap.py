@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from companion import data, networks
-from companion import rigor as verified
+from companion import data, networks, rigor
 from companion.beyond_ntk import gap_and_rate as loss_gap
 from companion.beyond_ntk import vision
 from companion.beyond_ntk.gap_and_rate import certify_gap, certify_rate, duplicate_floor_lower, loss_bounds
@@ -463,6 +462,6 @@ def test_bad_arguments(unchecked):
 
 
 def test_verified_is_the_only_arithmetic(monkeypatch):
-    """A dishonest sigma bound shows: the rate rests on `verified.sigma_min_lower` and nothing else."""
-    monkeypatch.setattr(verified, "sigma_min_lower", lambda M, method: 0.0)
+    """A dishonest sigma bound shows: the rate rests on `rigor.sigma_min_lower` and nothing else."""
+    monkeypatch.setattr(rigor, "sigma_min_lower", lambda M, method: 0.0)
     assert not certify_rate(MODEL, X).holds
