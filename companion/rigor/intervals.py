@@ -92,7 +92,7 @@ class Interval:
         if not isinstance(exponent, int) or isinstance(exponent, bool):
             raise TypeError(f"the exponent is {exponent!r}; a whole number is needed")
         if exponent < 0:
-            return _reciprocal(self**-exponent)
+            return _reciprocal(self) ** -exponent
         base = self if exponent % 2 else abs(self)
         one = torch.where(base.lo.isnan(), math.nan, torch.ones_like(base.lo))
         low, high = Interval(one, one), Interval(one, one)
@@ -258,7 +258,8 @@ def _neighbour(value: Fraction | float | int, side: float) -> float:
     try:
         near = float(value)
     except OverflowError:
-        return math.copysign(LARGEST if value * side < 0 else math.inf, value)
+        near = LARGEST if (value > 0) != (side > 0) else math.inf
+        return near if value > 0 else -near
     return near if Fraction(near) == value else math.nextafter(near, side)
 
 
