@@ -253,13 +253,18 @@ def maxpool_ball(value: Float[Tensor, "*s"], radius: Float[Tensor, "*s"], pool: 
         TypeError, ValueError: as `dense_ball`.
     """
     check_ball(value, radius)
-    return pool(value), pool(radius).add_(TINY)
+    return pool(value), pool(_compared(value, radius))
+
+
+def _compared(value: Tensor, radius: Tensor) -> Tensor:
+    """The radius of a choice among the entries, which is exact but where a subnormal number counts as 0."""
+    return radius + TINY if has_subnormal(value) or has_subnormal(radius) else radius.clone()
 
 
 def relu_ball(value: Float[Tensor, "*s"], radius: Float[Tensor, "*s"]) -> Ball:
     """Enclose ``max(x, 0)``, which is exact and moves no two numbers apart; raises as `dense_ball`."""
     check_ball(value, radius)
-    return value.clamp(min=0), radius + TINY
+    return value.clamp(min=0), _compared(value, radius)
 
 
 def tanh_ball(value: Float[Tensor, "*s"], radius: Float[Tensor, "*s"]) -> Ball:
