@@ -427,7 +427,7 @@ def blocks(
         if len(calls) != 1 or not calls[0].args:
             raise NoEnclosure(f"no enclosure before {type(before).__name__}: it is called {len(calls)} times, not once")
         target = calls[0].args[0]
-    forward = _forward(network, X[:2], before)
+    forward = _forward(network, X[:2].clone(), before)  # it may work in place
     for i in range(0, len(X), batch):
         value, radius = _run(network, X[i : i + batch], target)
         if len(value) != len(X[i : i + batch]):
