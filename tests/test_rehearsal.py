@@ -153,13 +153,13 @@ def test_everything_but_pictures_is_compared():
         outputs = [new_output("stream", text=text), new_output("display_data", data={"image/png": "AAAA", **data})]
         return new_code_cell("plot()", outputs=outputs)
 
-    before = cell("1\n2\n", **{"text/html": "<b>7</b>", "application/json": {"a": 1}})
-    same = cell("1\n2\n", **{"text/html": "<b>7</b>", "application/json": {"a": 1}})
+    before = cell("1\n2\n", **{"text/html": "<b>7</b>", "application/json": {"a": 1, "b": "≥"}})
+    same = cell("1\n2\n", **{"text/html": "<b>7</b>", "application/json": {"b": "≥", "a": 1}})
     same.outputs[0:1] = [new_output("stream", text="1\n"), new_output("stream", text="2\n")]
     same.outputs[-1].data["image/png"] = "BBBB"
     assert rehearsal.moved("toy", [before], [same], 1) == []
     for change in ({"text/html": "<b>8</b>"}, {"application/json": {"a": 2}}, {"text/markdown": "more"}):
-        other = cell("1\n2\n", **({"text/html": "<b>7</b>", "application/json": {"a": 1}} | change))
+        other = cell("1\n2\n", **({"text/html": "<b>7</b>", "application/json": {"a": 1, "b": "≥"}} | change))
         assert len(rehearsal.moved("toy", [before], [other], 1)) == 1, change
     failed = new_code_cell("plot()", outputs=[new_output("error", ename="ValueError", evalue="no", traceback=[])])
     assert "+ ValueError: no" in rehearsal.moved("toy", [before], [failed], 1)[0]

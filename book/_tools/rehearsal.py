@@ -12,6 +12,7 @@ import argparse
 import configparser
 import difflib
 import itertools
+import json
 import re
 import sys
 import time
@@ -43,8 +44,12 @@ def printed(cell) -> list[str]:
             lines.append(f"{output.ename}: {output.evalue}")
             continue
         for kind in sorted(output.data):
-            if not kind.startswith("image/"):
-                lines += str(output.data[kind]).splitlines()
+            content = output.data[kind]
+            if kind.startswith("image/"):
+                continue
+            if not isinstance(content, str):
+                content = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False)
+            lines += content.splitlines()
     return sanitized("\n".join(lines)).splitlines()
 
 
