@@ -138,11 +138,12 @@ def test_a_digit_of_rounding_noise_is_refused_and_its_cell_named(capsys):
     first = run_cells([SET_UP, ROBUST, NOISE], "toy")
     assert "e-1" in first[2].outputs[0].text
     with pytest.raises(Broken) as refusal:
-        rehearsal.rehearse({"noise": first, "robust": first[:2]}, seeds=(1,))
+        rehearsal.rehearse({"noise": first, "robust": first[:2]}, seeds=(1, 2))
     message = str(refusal.value)
     assert "noise.md, code cell 2, '# the logarithm undoes exp, all but rounding', seed 1:\n    - " in message
     assert f"\n    - {first[2].outputs[0].text}    + " in message
-    assert message.count("code cell") == 1
+    assert message.count("code cell") == 2
+    assert message.count("seed 2:") == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["rehearsed noise", "rehearsed robust"]
     assert [line.endswith("0 outputs moved") for line in lines] == [False, True]

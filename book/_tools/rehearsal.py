@@ -1,6 +1,6 @@
 """The rounding rehearsal: does a lesson print the same on a processor that rounds otherwise?
 
-    python book/_tools/rehearsal.py [NAME] [--seeds 1 2] [--keep FOLDER]
+    python book/_tools/rehearsal.py [NAME] [--seeds 1 2]
 
 Each lesson's code runs as `notebooks.py run` runs it, once for each seed, with the last bits of PyTorch's results moved
 (`rounding.py`). What it prints is compared, character by character, with the stored outputs: streams, text, Markdown,
@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "_ext"))
 
 from course import address, lessons
-from kernels import Broken, run_cells
+from kernels import Broken, run_at_once
 
 SEEDS = (1, 2)
 LINES, WIDTH = 24, 160  # of a difference that is shown
@@ -87,23 +87,24 @@ def moved(name: str, stored: list, again: list, seed: int) -> list[str]:
     return messages
 
 
-def run_moved(name: str, sources: list[str], seed: int) -> list:
-    """Run the cells with the noise of `seed`; going on after an error shows all cells that rounding can move."""
-    cells = run_cells([_START.format(seed), *sources, _END], name, through_errors=True, path=(Path(__file__).parent,))
-    first, *cells, last = cells
-    if first.outputs or not last.outputs or not int(last.outputs[0].text):
-        raise Broken(f"{name}: the noise moved nothing: {first.outputs} {last.outputs}")
-    return cells
+def run_moved(name: str, sources: list[str], seeds: tuple[int, ...]) -> list[list]:
+    """Run the cells with the noise of every seed; going on after an error shows all cells that rounding can move."""
+    notebooks = [[_START.format(seed), *sources, _END] for seed in seeds]
+    runs = []
+    for first, *cells, last in run_at_once(notebooks, name, Path(__file__).parent):
+        if first.outputs or not last.outputs or not int(last.outputs[0].text):
+            raise Broken(f"{name}: the noise moved nothing: {first.outputs} {last.outputs}")
+        runs.append(cells)
+    return runs
 
 
 def rehearse(outputs: dict[str, list], seeds: tuple[int, ...] = SEEDS) -> None:
-    """Run the lessons again with every seed; refuse what prints otherwise than the cells in `outputs`."""
+    """Run the lessons again, all seeds at once; refuse what prints otherwise than the cells in `outputs`."""
     messages = []
     for name, stored in outputs.items():
-        started, found = time.monotonic(), []
-        for seed in seeds:
-            again = run_moved(f"lessons/{name}.md", [cell.source for cell in stored], seed)
-            found += moved(f"lessons/{name}.md", stored, again, seed)
+        started, path = time.monotonic(), f"lessons/{name}.md"
+        runs = run_moved(path, [cell.source for cell in stored], seeds)
+        found = [m for seed, again in zip(seeds, runs, strict=True) for m in moved(path, stored, again, seed)]
         took = time.monotonic() - started
         print(f"rehearsed {name}: {len(seeds)} seeds, {took:.0f} s, {len(found)} outputs moved", flush=True)
         messages += found
