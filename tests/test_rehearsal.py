@@ -34,6 +34,7 @@ MOVED = {
     "fused": lambda: torch.add(A, A.flip(0), alpha=0.3),
     "softmax": lambda: A.softmax(1),
     "randn": lambda: torch.randn(12, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64),
+    "uniform elsewhere": lambda: A.clone().uniform_(-0.3, 0.7, generator=torch.Generator().manual_seed(1)),
     "cholesky": lambda: torch.linalg.cholesky(S),
     "eigenvalues": lambda: torch.linalg.eigvalsh(S),
     "solve": lambda: torch.linalg.solve(S, A),
@@ -65,6 +66,7 @@ ALONE = {
     "certain": lambda: torch.tensor([0.0, torch.inf, -torch.inf], dtype=torch.float64).exp(),
     "saturated": lambda: torch.tensor([0.0, 800.0, torch.nan], dtype=torch.float64).sigmoid(),
     "uniform": lambda: torch.rand(9, generator=torch.Generator().manual_seed(1)),
+    "uniform in place": lambda: A.clone().uniform_(generator=torch.Generator().manual_seed(1)),
 }
 
 

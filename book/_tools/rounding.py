@@ -5,11 +5,11 @@ of ``exp`` and the path of a factorization differ. Under `Rounding` each float32
 on the CPU, backward passes included, is moved by up to `MOST` units in the last place. The noise is a hash of the
 operation's name, the number's own bits and the seed: a repeated run repeats, and equal numbers stay equal.
 
-Left alone: zero, infinity, NaN and subnormal numbers; whole or short entries of what is computed entry by entry
-(``exp(0)``, ``sigmoid(0)``, a saturated ``tanh``), short meaning that the last half of the digits is zero; results all
-of whose entries are whole or short (counts, residues), and means of such; sums of two terms and products of one, which
-are single operations. Out of reach: NumPy's and Python's own functions (the lessons take logarithms and slopes of
-finished numbers with them) and other processes.
+Left alone: zero, infinity, NaN and subnormal numbers; short entries, the last half of whose digits is zero, of what is
+computed entry by entry (``exp(0)``, ``sigmoid(0)``, a saturated ``tanh``); results all of whose entries are whole or
+short (counts, residues), and means of such; sums of two terms and products of one, which are single operations.
+Out of reach: NumPy's and Python's own functions (the lessons take logarithms and slopes of finished numbers with them)
+and other processes.
 
     with Rounding(seed=1): ...     # or, for the rest of the process, install(1)
 """
@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 MOST = 2
 MANY = 2**31
+_BLOCK = 2**14  # numbers at a time, so that what is made of them stays in the cache
 
 # --- which operations -------------------------------------------------------------------------------------------------
 
@@ -60,7 +61,7 @@ FUNCTIONS = _names("""
     logaddexp2 logit logit_backward logspace mish mish_backward mse_loss_backward mvlgamma normal polygamma pow
     randn randn_like rsub selu sigmoid sigmoid_backward silu silu_backward sin sinc sinh softplus softplus_backward
     special_entr special_erfcx special_i0e special_i1 special_i1e special_log_ndtr special_ndtri special_xlog1py
-    special_zeta sub tan tanh tanh_backward xlogy
+    special_zeta sub tan tanh tanh_backward uniform xlogy
 """)
 # powers that the library makes of single products, quotients and square roots
 _EXACT_POWERS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 3.0)
@@ -90,6 +91,8 @@ def _single(name: str, args: tuple, kwargs: dict, out: torch.Tensor) -> bool:
     if name in ("add", "sub", "rsub"):  # a + alpha b may be fused; with a power of two it rounds once either way
         alpha = kwargs.get("alpha", args[2] if len(args) > 2 else 1)
         return math.frexp(abs(alpha))[0] in (0.0, 0.5)
+    if name == "uniform":  # a + (b - a) x, which may be fused
+        return (*args[1:], 0, 1)[:2] == (0, 1)
     if name in PRODUCTS:
         return _terms(name, args) <= 1
     if name in ("sum", "mean", "prod", "linalg_vector_norm"):
@@ -103,39 +106,72 @@ def _single(name: str, args: tuple, kwargs: dict, out: torch.Tensor) -> bool:
 # --- the noise --------------------------------------------------------------------------------------------------------
 
 
+class _Format:
+    """The bit patterns of a floating type: `unsigned` integers of its size, and where its numbers lie among them."""
+
+    def __init__(self, dtype: type, unsigned: type) -> None:
+        limits, self.unsigned = np.finfo(dtype), unsigned
+        self.size = unsigned(2 ** (8 * limits.dtype.itemsize - 1) - 1)  # all bits but the sign
+        self.least = np.array(limits.tiny).view(unsigned)[()]  # below are zero and the subnormal numbers
+        self.count = np.array(limits.max / 2).view(unsigned)[()] - self.least  # above, what a step might make infinite
+        self.last = unsigned(2 ** (limits.nmant // 2) - 1)  # the last half of the digits
+
+
+_FORMATS = {np.dtype(np.float32): _Format(np.float32, np.uint32), np.dtype(np.float64): _Format(np.float64, np.uint64)}
+_MIX = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)
+
+
 def move(values: np.ndarray, key: int, each: bool, most: int = MOST) -> int:
     """Move the entries of `values` in place by -most, ..., -1, 1, ..., most units in the last place.
 
     Args:
         values: float32 or float64, of any shape and strides.
         key: names the noise: the same key and the same number give the same step.
-        each: leave every whole or short entry alone; if False, these are left alone only when all are.
-        most: the largest step.
+        each: leave every short entry alone; if False, they and whole ones are left alone only when all are.
+        most: the largest step, 1 or 2.
 
     Returns:
         How many entries were moved.
     """
-    integer, limits = (np.int32 if values.dtype == np.float32 else np.int64), np.finfo(values.dtype)
-    with np.errstate(all="ignore"):
-        size = np.abs(values)
-        movable = (size >= limits.tiny) & (size <= limits.max / 2)
-        bits = values.view(integer)
-        # neither a whole number nor one whose last half of digits is zero: those are hardly ever rounded
-        broken = (values != np.rint(values)) & ((bits & integer(2 ** (limits.nmant // 2) - 1)) != 0) & movable
-        if not broken.any():
-            return 0
-        hashed = bits.astype(np.uint64)
-        hashed ^= np.uint64(key)
-        hashed *= np.uint64(0x9E3779B97F4A7C15)
-        hashed ^= hashed >> np.uint64(29)
-        hashed *= np.uint64(0xBF58476D1CE4E5B9)
-        hashed >>= np.uint64(40)  # 24 bits, spread over the 2 most steps
-        steps = ((hashed * np.uint64(2 * most)) >> np.uint64(24)).astype(integer)
-        steps -= integer(most)
+    values = values.reshape(-1) if values.flags.c_contiguous else np.atleast_1d(values)
+    blocks = (
+        [values] if values.size <= _BLOCK or values.ndim > 1 else np.split(values, range(_BLOCK, len(values), _BLOCK))
+    )
+    if not each and all(_all_exact(block) for block in blocks):
+        return 0
+    return sum(_move(block, np.uint64(key), each, most) for block in blocks)
+
+
+def _all_exact(values: np.ndarray) -> bool:
+    """Whether each entry is whole, or short."""
+    form = _FORMATS[values.dtype]
+    long = (values.view(form.unsigned) & form.last) != 0
+    if np.count_nonzero(long):
+        long &= values != np.rint(values)
+    return not np.count_nonzero(long)
+
+
+def _move(values: np.ndarray, key: np.uint64, each: bool, most: int) -> int:
+    form = _FORMATS[values.dtype]
+    bits = values.view(form.unsigned)
+    movable = ((bits & form.size) - form.least) < form.count  # below `least` the difference wraps around
+    if each:
+        movable &= (bits & form.last) != 0
+    hashed = (bits ^ key) * _MIX[0]
+    hashed ^= hashed >> np.uint64(29)
+    hashed *= _MIX[1]
+    hashed >>= np.uint64(62)
+    steps = hashed.view(np.int64)
+    if most == 1:
+        steps &= 1
+        steps *= 2
+        steps -= 1
+    else:
+        steps -= 2
         steps += steps >= 0  # never a step of 0
-        steps *= broken if each else movable
-        bits += steps
-    return int(np.count_nonzero(steps))
+    steps *= movable
+    bits += steps.view(np.uint64) if form.unsigned is np.uint64 else steps.astype(np.uint32)
+    return int(np.count_nonzero(movable))
 
 
 class Rounding(TorchDispatchMode):
@@ -174,7 +210,7 @@ class Rounding(TorchDispatchMode):
         if result.is_complex():
             result = torch.view_as_real(result)
         if result.dtype in (torch.float32, torch.float64):
-            self.moved += move(result.detach().numpy(), key, each, most)
+            self.moved += move(result.numpy(), key, each, most)
 
 
 # --- for a whole process ----------------------------------------------------------------------------------------------
