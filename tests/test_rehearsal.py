@@ -82,7 +82,19 @@ def test_some_last_bits_are_moved_the_same_ones_each_time(name):
     assert torch.equal(one, again)
     assert not torch.equal(one, plain)
     assert not torch.equal(one, two)
-    composed = name in ("solve", "cholesky", "eigenvalues", "svd", "qr", "einsum")
+    composed = name in (
+        "matmul",
+        "batched",
+        "sum",
+        "mean",
+        "vmap",
+        "solve",
+        "cholesky",
+        "eigenvalues",
+        "svd",
+        "qr",
+        "einsum",
+    )
     torch.testing.assert_close(one, plain, rtol=1e-10 if composed else 2 * ULP, atol=1e-12 if composed else 0.0)
 
 
@@ -107,6 +119,32 @@ def test_the_step_is_one_or_two_last_places(dtype):
     steps = (moved - values) / np.spacing(np.abs(values))
     share = [np.mean(steps == k) for k in (-2, -1, 1, 2)]
     assert min(share) > 0.22, share
+
+
+CANCELLING = torch.cat([A.flatten(), -A.T.flatten()])
+SUMS = {
+    "sum": lambda x: x.sum(),
+    "sum over axes": lambda x: x.view(8, 3, 9).sum((0, 2)).sum(0),
+    "mean": lambda x: x.mean() * len(x),
+    "dot": lambda x: x @ torch.ones_like(x),
+    "mv": lambda x: (x[None] @ torch.ones_like(x))[0],
+    "mm": lambda x: (x[None] @ torch.ones_like(x)[:, None])[0, 0],
+    "bmm": lambda x: torch.bmm(x[None, None], torch.ones_like(x)[None, :, None])[0, 0, 0],
+    "addmm": lambda x: torch.addmm(x.new_zeros(1), x[None], torch.ones_like(x)[:, None])[0, 0],
+    "baddbmm": lambda x: torch.baddbmm(x.new_zeros(1), x[None, None], torch.ones_like(x)[None, :, None])[0, 0, 0],
+    "addmv": lambda x: torch.addmv(x.new_zeros(1), x[None], torch.ones_like(x))[0],
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_a_sum_that_cancels_moves_as_a_whole(name):
+    # the terms as they stand, and moved on by one: at some place the order of the sum shows
+    sums = [CANCELLING.roll(k) for k in range(8)]
+    plain = [float(SUMS[name](x)) for x in sums]
+    with rounding.Rounding(1):
+        noisy = [float(SUMS[name](x)) for x in sums]
+    assert max(map(abs, plain + noisy)) < 1e-13
+    assert any(abs(a - b) > 1e-3 * abs(a) for a, b in zip(plain, noisy, strict=True))
 
 
 def test_numbers_at_the_ends_are_left_alone():

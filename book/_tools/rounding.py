@@ -3,7 +3,8 @@
 Every processor rounds a single ``+ - * /`` and a square root alike. The order of a sum, fused operations, the last bits
 of ``exp`` and the path of a factorization differ. Under `Rounding` each float32 and float64 result of such an operation
 on the CPU, backward passes included, is moved by up to `MOST` units in the last place. The noise is a hash of the
-operation's name, the number's own bits and the seed: a repeated run repeats, and equal numbers stay equal.
+operation's name, the number's own bits and the seed: a repeated run repeats, and equal numbers stay equal. Besides,
+products of matrices and sums add up their terms in the opposite order, so that a sum that cancels moves as a whole.
 
 Left alone: zero, infinity, NaN and subnormal numbers; short entries, the last half of whose digits is zero, of what is
 computed entry by entry (``exp(0)``, ``sigmoid(0)``, a saturated ``tanh``); results all of whose entries are whole or
@@ -103,6 +104,20 @@ def _single(name: str, args: tuple, kwargs: dict, out: torch.Tensor) -> bool:
     return False
 
 
+def _backwards(name: str, args: tuple) -> tuple:
+    """The arguments of the same products or sums, their terms in the opposite order."""
+    if name in ("mm", "bmm"):
+        return args[0].flip(-1), args[1].flip(-2), *args[2:]
+    if name in ("mv", "dot", "vdot"):
+        return args[0].flip(-1), args[1].flip(-1), *args[2:]
+    if name in ("addmm", "baddbmm", "addmv"):
+        return args[0], args[1].flip(-1), args[2].flip(-1 if name == "addmv" else -2), *args[3:]
+    if name in ("sum", "mean") and args[0].is_floating_point():
+        axes = args[1] if len(args) > 1 and isinstance(args[1], list | tuple) and args[1] else range(args[0].ndim)
+        return args[0].flip(list(axes)), *args[1:]
+    return args
+
+
 # --- the noise --------------------------------------------------------------------------------------------------------
 
 
@@ -187,15 +202,15 @@ class Rounding(TorchDispatchMode):
         self._known: dict = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
         if func not in self._known:
             name = func._schema.name.split("::")[-1]
             name = name.removesuffix("_") if func._schema.is_mutable else name
             self._known[func] = (name, _kind(name), zlib.crc32(f"{name} {self.seed}".encode()) * 0x9E3779B1)
         name, kind, key = self._known[func]
+        kwargs = kwargs or {}
         if not kind:
-            return out
+            return func(*args, **kwargs)
+        out = func(*_backwards(name, args), **kwargs)
         results = out if isinstance(out, tuple | list) else (out,)
         # where few products are added up, every proof grants less
         most = 1 if kind == "product" and _terms(name, args) <= 4 else MOST
