@@ -7,7 +7,7 @@ import rehearsal
 import rounding
 import torch
 from course import lessons
-from kernels import Broken, run_cells
+from execution import Broken, run_cells
 from nbformat.v4 import new_code_cell, new_output
 
 ULP = 2.0**-52

@@ -25,7 +25,7 @@ import nbformat
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "_ext"))
 
 from course import address, lessons, stored_outputs
-from kernels import Broken, run_cells
+from execution import Broken, run_cells
 
 BUILD = address.ROOT / "_build"
 

@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "_ext"))
 
 from course import address, lessons
-from kernels import Broken, run_at_once
+from execution import Broken, run_at_once
 
 SEEDS = (1, 2)
 LINES, WIDTH = 24, 160  # of a difference that is shown
