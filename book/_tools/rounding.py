@@ -203,8 +203,7 @@ class Rounding(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func not in self._known:
-            name = func._schema.name.split("::")[-1]
-            name = name.removesuffix("_") if func._schema.is_mutable else name
+            name = func.name().split("::")[-1].split(".")[0].removesuffix("_")
             self._known[func] = (name, _kind(name), zlib.crc32(f"{name} {self.seed}".encode()) * 0x9E3779B1)
         name, kind, key = self._known[func]
         kwargs = kwargs or {}
