@@ -6,7 +6,6 @@ import pytest
 import rehearsal
 import rounding
 import torch
-from course import lessons
 from execution import Broken, run_cells
 from nbformat.v4 import new_code_cell, new_output
 
@@ -216,36 +215,29 @@ def test_a_long_line_is_shown_where_it_differs():
 
 
 @pytest.fixture
-def toy(tmp_path, monkeypatch):
-    """A lesson whose run prints 42; building and writing the notebook are replaced by a note that it was stored."""
-    monkeypatch.setattr(lessons, "LESSONS", tmp_path)
+def stored(tmp_path, monkeypatch):
+    """What `notebooks.run` stores of two lessons that print their name; nothing is run, built or written."""
     monkeypatch.setattr(notebooks, "BUILD", tmp_path)
-    cell = new_code_cell("print(42)", outputs=[new_output("stream", text="42\n")])
-    monkeypatch.setattr(notebooks, "execute", lambda name: [cell])
-    stored = []
-    monkeypatch.setattr(notebooks, "text", lambda names, fresh: stored.append(fresh))
-    return tmp_path / "runs" / "toy.ipynb", stored
+    monkeypatch.setattr(notebooks, "execute", lambda name: [new_code_cell(f"print({name!r})")])
+    names = []
+    monkeypatch.setattr(notebooks, "text", lambda lessons, fresh: names.extend(lessons))
+    return names
 
 
-def test_what_is_refused_is_not_stored(toy, monkeypatch):
-    path, stored = toy
-
-    def refuse(fresh):
-        assert path.exists()
+def _refuse_one(outputs):
+    if "one" in outputs:
         raise Broken("a digit moves")
 
-    monkeypatch.setattr(rehearsal, "rehearse", refuse)
-    with pytest.raises(Broken, match="a digit moves"):
-        notebooks.run(["toy"])
-    assert stored == []
-    assert not path.exists()
-    notebooks.run(["toy"], rehearse=False)
-    assert len(stored) == 1
-    assert path.exists()
+
+def test_what_is_refused_is_not_stored(stored, tmp_path, monkeypatch):
+    monkeypatch.setattr(rehearsal, "rehearse", _refuse_one)
+    with pytest.raises(Broken, match=r"a digit moves\nlessons/one.ipynb was left as it is"):
+        notebooks.run(["one", "two"])
+    assert stored == ["two"]
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["two.ipynb"]
 
 
-def test_what_passes_is_stored(toy, monkeypatch):
-    rehearsed = []
-    monkeypatch.setattr(rehearsal, "rehearse", rehearsed.append)
-    notebooks.run(["toy"])
-    assert rehearsed == toy[1] != []
+def test_the_rehearsal_can_be_left_out(stored, monkeypatch):
+    monkeypatch.setattr(rehearsal, "rehearse", _refuse_one)
+    notebooks.run(["one", "two"], rehearse=False)
+    assert stored == ["one", "two"]

@@ -169,20 +169,16 @@ def write(name: str, notebook: nbformat.NotebookNode) -> None:
 # --- commands
 
 
-def _kept_path(name: str) -> Path:
-    return BUILD / "runs" / f"{name}.ipynb"
-
-
 def keep(name: str, cells: list) -> None:
     """Put a finished run aside before anything else can fail: minutes of work are not thrown away."""
-    path = _kept_path(name)
+    path = BUILD / "runs" / f"{name}.ipynb"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(nbformat.writes(nbformat.v4.new_notebook(cells=cells, metadata=lessons.METADATA)), encoding="utf8")
 
 
 def kept(name: str) -> list | None:
     """The last run put aside, if it is newer than the notebook and of the text's code."""
-    path, notebook = _kept_path(name), lessons.notebook_path(name)
+    path, notebook = BUILD / "runs" / f"{name}.ipynb", lessons.notebook_path(name)
     if not path.exists() or (notebook.exists() and notebook.stat().st_mtime > path.stat().st_mtime):
         return None
     cells = lessons.code(nbformat.read(path, as_version=4))
@@ -216,22 +212,25 @@ def build(names: list[str], fresh: dict[str, list]) -> dict[str, nbformat.Notebo
 
 
 def run(names: list[str], rehearse: bool = True) -> None:
-    """Run lessons and write their notebooks, unless the rehearsal finds a digit that rounding can move."""
+    """Run lessons and write their notebooks, but for those of which the rehearsal finds that rounding moves a digit."""
     import rehearsal
 
-    fresh = {}
+    fresh, refused = {}, []
     for name in names:
         print(f"running {name}", flush=True)
-        fresh[name] = execute(name)
-        keep(name, fresh[name])
-    if rehearse:
+        cells = execute(name)
         try:
-            rehearsal.rehearse(fresh)
-        except Broken:
-            for name in names:  # what was refused is not stored by `make text` either
-                _kept_path(name).unlink()
-            raise
-    text(names, fresh)
+            if rehearse:
+                rehearsal.rehearse({name: cells})
+        except Broken as broken:
+            refused.append(f"{broken}\nlessons/{name}.ipynb was left as it is.")
+            continue
+        fresh[name] = cells
+        keep(name, cells)
+    if fresh:
+        text(list(fresh), fresh)
+    if refused:
+        raise Broken("\n\n".join(refused))
 
 
 def text(names: list[str], fresh: dict[str, list] | None = None) -> None:
