@@ -173,6 +173,7 @@ ROBUST = 'print(f"{float(x.exp().sum()):.3g}")'
 NOISE = '# the logarithm undoes exp, all but rounding\nprint(f"{float((x.exp().log() - x).abs().max()):.2g}")'
 
 
+@pytest.mark.pipeline  # it starts five kernels
 def test_a_digit_of_rounding_noise_is_refused_and_its_cell_named(capsys):
     first = run_cells([SET_UP, ROBUST, NOISE], "toy")
     assert "e-1" in first[2].outputs[0].text
