@@ -11,6 +11,8 @@ ALL    ?=
 SEED   ?=
 PORT   ?= 8000
 JOBS   ?= 2
+# REHEARSE=0 stores a lesson's run without rehearsing the rounding
+REHEARSE ?= 1
 
 BIN    := .venv/bin
 STAMP  := .venv/.installed
@@ -18,7 +20,7 @@ BUILD  := $(BIN)/jupyter-book build . --toc "$(CURDIR)/book/_toc.yml" -W --keep-
 # a backend chosen in the environment would make the notebooks' figures vanish
 unexport MPLBACKEND
 
-.PHONY: help book serve lessons text pictures records test unit mutants check-lessons lint format bench clean distclean env
+.PHONY: help book serve lessons rehearse text pictures records test unit mutants check-lessons lint format bench clean distclean env
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +28,8 @@ help:
 	@echo "make serve      the same, opened by a local server on port $(PORT)"
 	@echo "make test       everything that must hold"
 	@echo "make lessons    run the lessons and write their notebooks (ONLY=01-width-bounds for one)"
+	@echo "                and rehearse them before they are stored (REHEARSE=0: without)"
+	@echo "make rehearse   run the lessons with their last bits moved: does another processor print the same? (ONLY=...)"
 	@echo "make text       write the notebooks anew after a change of prose, with the outputs they have"
 	@echo "make pictures   the pictures of the home page and of the README"
 	@echo "make records    take the stored records of long runs anew (ONLY=minimum-norm-figure-1 for one)"
@@ -61,7 +65,10 @@ serve: book
 	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)
 
 lessons: $(STAMP)
-	$(BIN)/python book/_tools/notebooks.py run $(ONLY)
+	$(BIN)/python book/_tools/notebooks.py run $(if $(filter 0,$(REHEARSE)),--no-rehearsal) $(ONLY)
+
+rehearse: $(STAMP)
+	$(BIN)/python book/_tools/rehearsal.py $(ONLY)
 
 text: $(STAMP)
 	$(BIN)/python book/_tools/notebooks.py text $(ONLY)
