@@ -3,8 +3,8 @@
 import hashlib
 from pathlib import Path
 
+import jupytext
 import nbformat
-from myst_nb.core.read import read_myst_markdown_notebook
 
 from .address import ROOT, install_source
 
@@ -50,8 +50,8 @@ def notebook_path(name: str) -> Path:
 
 
 def read_text(name: str) -> nbformat.NotebookNode:
-    """The lesson's text as the site reads it: Markdown and code cells, no outputs."""
-    return read_myst_markdown_notebook(text_path(name).read_text(encoding="utf8"))
+    """The lesson's text as a notebook: Markdown and code cells, no outputs."""
+    return jupytext.read(text_path(name))
 
 
 def code(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
