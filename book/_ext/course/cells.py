@@ -191,13 +191,9 @@ class Writer:
         return f"**{self.inline(node)}**"
 
     def block_math_block(self, node):
-        label = node.get("number")
-        secnum = self.builder.env.toc_secnumbers.get(self.docname, {}).get("", ())
-        prefix = f"{secnum[0]}." if secnum and self.builder.config.math_numfig else ""
-        tag = f" \\tag{{{prefix}{label}}}" if label else ""
-        body = node.astext().strip()
-        # the lines of a formula in a quotation would begin with its mark
-        return f"$$\n{body}{tag}\n$$"
+        number = self.counted("displaymath", node)
+        tag = f" \\tag{{{number}}}" if number else ""
+        return f"$$\n{node.astext().strip()}{tag}\n$$"
 
     def block_literal_block(self, node):
         language = node.get("language", "")
