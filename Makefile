@@ -89,6 +89,7 @@ check-lessons: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/jupytext -q --to ipynb --test-strict lessons/*.md || { echo "make format writes the texts in jupytext's form"; exit 1; }
 
 format: $(STAMP)

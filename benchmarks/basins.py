@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from companion import basins, descent, shallow
+from companion import basins, descent
+from companion.basins import shallow
 
 GOAL = 1e-10
 CHUNK = 512

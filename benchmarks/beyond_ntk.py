@@ -29,8 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from companion import data, enclosures, verified, vision
-from companion.expressivity import certify_expressivity, separation
+from companion import data, networks, rigor
+from companion.beyond_ntk import vision
+from companion.beyond_ntk.expressivity import certify_expressivity, separation
 
 N, M = 2000, 2100
 PRIME = 8388593
@@ -38,7 +39,7 @@ SIDE, IMAGES, WIDE = 14, 60_000, 61_440
 
 
 def softplus() -> nn.Module:
-    return vision.Softplus(10.0)
+    return networks.Softplus(10.0)
 
 
 # --- W6: a proof of full rank -----------------------------------------------------------------------------------------
@@ -59,7 +60,7 @@ def product(A: Tensor, out: Tensor) -> Tensor:
 
 def ours(A: Tensor, method: str = "auto") -> float:
     """The public call: a lower bound on sigma_min that is a theorem about the floats of A."""
-    return verified.sigma_min_lower(A, method=method)
+    return rigor.sigma_min_lower(A, method=method)
 
 
 def cholesky(A: Tensor) -> float:
@@ -164,7 +165,7 @@ def images(n: int, folder: str | None) -> tuple[Tensor, str]:
     return (X.clamp(0, 1) * 255).round().flatten(1) / 255, "synthetic"
 
 
-def networks(wide: int) -> dict[str, nn.Module]:
+def both_networks(wide: int) -> dict[str, nn.Module]:
     """The two networks, at their initial values."""
     g = torch.Generator().manual_seed(0)
     return {
@@ -179,12 +180,12 @@ def expressive(n: int, wide: int, folder: str | None) -> dict[str, Any]:
     """The certificate and its parts, once each: CPU seconds, pairs inspected, radius."""
     X, source = images(n, folder)
     rows = []
-    for name, model in networks(wide).items():
+    for name, model in both_networks(wide).items():
         made: list[Any] = []
         total = harness.seconds(lambda model=model, made=made: made.append(certify_expressivity(model, X)))
         (certificate,) = made
         ball: list[Any] = []
-        passes = harness.seconds(lambda m=model, b=ball: b.append(enclosures.enclose(m, X, before=m.wide)))
+        passes = harness.seconds(lambda m=model, b=ball: b.append(rigor.enclose(m, X, before=m.wide)))
         apart: list[Any] = []
         sort = harness.seconds(lambda b=ball[0], a=apart: a.append(separation(*b)))
         rows.append(

@@ -13,7 +13,7 @@ images held out for it; then all 60,000 train, with every seed, and the test ima
 - test errors, and how long everything took.
 
 Phase 2 runs in float64: the features ``M``, 60,000 x 61,441 numbers, take 29.5 GB. The certificates run on the CPU,
-minutes each. The record is written to ``companion/stored``, from where lesson 3 reads it.
+minutes each. The record is written to ``companion/lab/stored``, from where lesson 3 reads it.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from companion import data, last_layer, vision
-from companion import two_phase as recipe
-from companion.expressivity import certify_expressivity
-from companion.loss_gap import certify_gap
+from companion import data, networks
+from companion.beyond_ntk import last_layer, recipe, vision
+from companion.beyond_ntk.expressivity import certify_expressivity
+from companion.beyond_ntk.gap_and_rate import certify_gap
 
 FULL = {"side": 14, "channels": [16, 16, 32], "wide": 61_440, "train": 60_000, "validation": 10_000, "epochs": 16,
         "tau": 10, "batch": 128, "seeds": 3, "momentum": 0.9, "beta": 10.0}  # fmt: skip
@@ -75,7 +75,7 @@ def network(s: dict[str, Any], seed: int, device: str) -> nn.Sequential:
         s["channels"],
         s["wide"],
         10,
-        activation=lambda: vision.Softplus(s["beta"]),
+        activation=lambda: networks.Softplus(s["beta"]),
         generator=torch.Generator().manual_seed(seed),
         dtype=torch.float32,
         device=device,
@@ -241,10 +241,10 @@ def main() -> None:
     }
     print(harness.table(results["summary"]))
     if not options.quick:
-        from companion import records
+        from companion.lab import records
 
         settings = s | {"data": name, "step": runs.step, "noise": NOISE, "phase2": PHASE2}
-        path = harness.ROOT / "companion" / "stored" / f"beyond-ntk-{name}.json"
+        path = harness.ROOT / "companion" / "lab" / "stored" / f"beyond-ntk-{name}.json"
         print(records.write(path, results, settings=settings, device=device))
 
 

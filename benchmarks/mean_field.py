@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from companion import resnets
-from companion.blocks import ReluMLP
+from companion.mean_field import resnets
+from companion.mean_field.blocks import ReluMLP
 
 SIZES = {"S": 8, "L": 256, "M": 512, "d": 16, "n": 64}
 QUICK = {"S": 2, "L": 8, "M": 64, "d": 16, "n": 64}

@@ -7,8 +7,6 @@ and a status that says how far the comparison can be trusted:
 - ``measured``: compared in ordinary floating point.
 - ``certified``: floating point with every rounding error bounded, a theorem about the stored floats.
 - ``exact``: rational, modular or integer arithmetic, a proof.
-
-`Claims` is the table that closes every lesson: prediction beside measurement, and an error if a claim fails.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ _RELATIONS: dict[str, Callable[[Any, Any], bool]] = {
     "=": operator.eq,
     "is": operator.eq,
 }
-_SYMBOLS = {"<=": "≤", ">=": "≥"}
+SYMBOLS = {"<=": "≤", ">=": "≥"}
 
 
 def plain(value: Any) -> Any:
@@ -162,17 +160,18 @@ class Certificate:
         """The certificate as JSON; `options` go to `json.dumps`."""
         return json.dumps(self.to_dict(), ensure_ascii=False, **options)
 
-    def _rows(self) -> list[tuple[str, str, str, str, str]]:
+    def rows(self) -> list[tuple[str, str, str, str, str]]:
+        """The table's rows as text: assumption, found, needed, status, holds."""
         rows = []
         for a in self.assumptions:
             nothing = a.measured is None and a.required is None
-            relation = "" if nothing else f"{_SYMBOLS.get(a.relation, a.relation)} {show(a.required)}"
+            relation = "" if nothing else f"{SYMBOLS.get(a.relation, a.relation)} {show(a.required)}"
             mark = "assumed" if a.status == "assumed" else ("yes" if a.holds else "NOT SHOWN")
             rows.append((a.name, "" if nothing else show(a.measured), relation, a.status, mark))
         return rows
 
     def __str__(self) -> str:
-        rows = [("assumption", "found", "needed", "status", "holds"), *self._rows()]
+        rows = [("assumption", "found", "needed", "status", "holds"), *self.rows()]
         widths = [max(len(r[c]) for r in rows) for c in range(5)]
         lines = [f"{self.theorem}: {self.verdict()}"]
         lines += ["  " + "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
@@ -182,8 +181,8 @@ class Certificate:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        head = _row(("assumption", "found", "needed", "status", "holds"), "th")
-        body = "".join(_row(r, "td") for r in self._rows())
+        head = html_row(("assumption", "found", "needed", "status", "holds"), "th")
+        body = "".join(html_row(r, "td") for r in self.rows())
         rest = ", ".join(f"{html.escape(n)} = {html.escape(show(v))}" for n, v in self.quantities.items())
         return (
             f'<table class="certificate"><caption><b>{html.escape(self.theorem)}</b>: {html.escape(self.verdict())}'
@@ -192,80 +191,7 @@ class Certificate:
         )
 
 
-def _row(cells: tuple[str, ...], tag: str) -> str:
+def html_row(cells: tuple[str, ...], tag: str) -> str:
+    """A row of an HTML table, its cells escaped."""
     scope = ' scope="col"' if tag == "th" else ""
     return "<tr>" + "".join(f"<{tag}{scope}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
-
-
-class ClaimFailed(AssertionError):
-    """A claim of a lesson did not come out."""
-
-
-class Claims:
-    """The claims table of a lesson: prediction beside measurement, slack and status; a failing claim raises.
-
-    Args:
-        lesson: the lesson's file name without its suffix, e.g. ``"01-width-bounds"``.
-    """
-
-    MIME = "application/vnd.wide-enough.claims+json"
-
-    def __init__(self, lesson: str) -> None:
-        self.lesson = lesson
-        self.rows: list[dict[str, str]] = []
-
-    def check(
-        self, claim: str, measured: Any, relation: str, predicted: Any, status: str = "measured", digits: int = 2
-    ) -> None:
-        """Compare a measurement with its prediction, and keep the row.
-
-        Args:
-            claim: one sentence, what is claimed.
-            measured: the number found.
-            relation: one of ``< <= > >= = is``.
-            predicted: the number that the theory gives.
-            status: one of `STATUSES`.
-            digits: significant digits in print.
-
-        Raises:
-            ClaimFailed: the comparison is false.
-        """
-        a = compare(claim, _comparable(measured), relation, _comparable(predicted), status)
-        if not a.holds:
-            raise ClaimFailed(f"{claim}: found {measured!r}, needed {relation} {predicted!r}")
-        self.rows.append(
-            {
-                "claim": claim,
-                "predicted": f"{_SYMBOLS.get(relation, relation)} {show(predicted, digits)}",
-                "measured": show(measured, digits),
-                "slack": _slack(a.measured, relation, a.required),
-                "status": status,
-            }
-        )
-
-    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
-        columns = ("claim", "predicted", "measured", "slack", "status")
-        head = _row(columns, "th")
-        body = "".join(_row(tuple(r[c] for c in columns), "td") for r in self.rows)
-        table = f'<table class="claims"><thead>{head}</thead><tbody>{body}</tbody></table>'
-        return {
-            "text/html": table,
-            "text/plain": "\n".join(" | ".join(r[c] for c in columns) for r in self.rows),
-            self.MIME: {"lesson": self.lesson, "rows": self.rows},
-        }
-
-
-def _comparable(value: Any) -> Any:
-    """Like `plain`, but NaN and infinities stay numbers."""
-    if isinstance(value, torch.Tensor | np.ndarray | np.generic):
-        value = value.tolist()
-    return value if isinstance(value, float) else plain(value)
-
-
-def _slack(measured: Any, relation: str, predicted: Any) -> str:
-    """How many times the measurement could grow (or shrink) before the claim fails."""
-    if isinstance(measured, bool) or relation in ("=", "is"):
-        return "–"
-    if not all(isinstance(v, int | float) and v > 0 for v in (measured, predicted)):
-        return "–"
-    return f"×{show(predicted / measured if relation[0] == '<' else measured / predicted, 2)}"

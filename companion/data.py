@@ -50,22 +50,9 @@ def check(X: Float[Tensor, "N d"], Y: Float[Tensor, "N K"] | None = None, *, geo
         ValueError: a wrong shape, no rows, unequal N, dtype or device, NaN or infinity; with `geometry` also zero rows,
             positively parallel rows and linearly dependent antipodal pairs, named by their indices.
     """
-    for name, A in (("X", X), ("Y", Y)):
-        if name == "Y" and A is None:
-            continue
-        if not isinstance(A, Tensor):
-            raise TypeError(f"{name} is {type(A).__name__}; a torch tensor is needed")
-        if A.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"{name} has dtype {A.dtype}; torch.float32 or torch.float64 is needed")
-        if A.ndim != 2:
-            hint = f"; write {name}[:, None]" if A.ndim == 1 else ""
-            raise ValueError(f"{name} has shape {tuple(A.shape)}; (N, {'d' if name == 'X' else 'K'}) is needed{hint}")
-        if A.numel() == 0:
-            raise ValueError(f"{name} has shape {tuple(A.shape)}; at least one row and one column are needed")
-        bad = (~torch.isfinite(A)).nonzero()
-        if len(bad):
-            i, j = bad[0].tolist()
-            raise ValueError(f"{name}[{i}, {j}] is {A[i, j].item()}; finite numbers are needed")
+    check_matrix("X", X, "(N, d)")
+    if Y is not None:
+        check_matrix("Y", Y, "(N, K)")
     if Y is not None and (len(X) != len(Y) or X.dtype != Y.dtype or X.device != Y.device):
         found = [f"{tuple(A.shape)} {A.dtype} on {A.device}" for A in (X, Y)]
         raise ValueError(f"X is {found[0]}, Y is {found[1]}; the same N, dtype and device are needed")
@@ -84,6 +71,34 @@ def check(X: Float[Tensor, "N d"], Y: Float[Tensor, "N K"] | None = None, *, geo
             f"X has linearly dependent antipodal pairs {_some(antipodal)}; the lines of rows pointing opposite ways "
             "must be linearly independent"
         )
+
+
+def check_matrix(name: str, A: Tensor, shape: str, *, stacks: bool = False) -> None:
+    """Refuse what is not a matrix of finite numbers.
+
+    Args:
+        name: what the caller's argument is called.
+        A: what was given for it.
+        shape: the shape that is needed, in words.
+        stacks: also allow a stack of matrices.
+
+    Raises:
+        TypeError: not a tensor, or a dtype other than float32 and float64.
+        ValueError: a wrong shape, no entries, NaN or infinity.
+    """
+    if not isinstance(A, Tensor):
+        raise TypeError(f"{name} is {type(A).__name__}; a torch tensor is needed")
+    if A.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name} has dtype {A.dtype}; torch.float32 or torch.float64 is needed")
+    if A.ndim != 2 and not (stacks and A.ndim == 3):
+        hint = f"; write {name}[:, None]" if A.ndim == 1 else ""
+        raise ValueError(f"{name} has shape {tuple(A.shape)}; {shape} is needed{hint}")
+    if A.numel() == 0:
+        raise ValueError(f"{name} has shape {tuple(A.shape)}; at least one row and one column are needed")
+    bad = (~torch.isfinite(A)).nonzero()
+    if len(bad):
+        place = bad[0].tolist()
+        raise ValueError(f"{name}{place} is {A[tuple(place)].item()}; finite numbers are needed")
 
 
 def _some(items: list, most: int = 5) -> str:

@@ -6,29 +6,18 @@ full-batch gradient descent on an ensemble of multilayer networks with closed-fo
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import math
-import operator
-import os
-import signal
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
-from companion import data, networks
+from companion import data, networks, runs
 from companion.networks import Activation
 
 _BLOCK_SECONDS = 0.5  # how often a run looks at its clock, its losses and its progress bar
@@ -140,9 +129,9 @@ def iterate(
         ValueError: a number out of range, or a checkpoint that is damaged or belongs to another run.
         KeyboardInterrupt: after saving the checkpoint, if one was asked for.
     """
-    steps, every = _count("steps", steps, 0), _count("every", every, 1)
+    steps, every = runs.count("steps", steps, 0), runs.count("every", every, 1)
     if checkpoint_every is not None:
-        checkpoint_every = _count("checkpoint_every", checkpoint_every, 1)
+        checkpoint_every = runs.count("checkpoint_every", checkpoint_every, 1)
     if on_divergence not in ("raise", "keep"):
         raise ValueError(f"on_divergence is {on_divergence!r}; 'raise' or 'keep' is needed")
     if not len(params):
@@ -155,7 +144,11 @@ def iterate(
     params = [p.detach().clone(memory_format=torch.contiguous_format) for p in params]
     k = store.load(params, record) if store else 0
     saved = time.monotonic()
-    with torch.no_grad(), _deferred_interrupt(store is not None) as interrupted, _bar(progress, k, steps) as bar:
+    with (
+        torch.no_grad(),
+        runs.held_interrupt(store is not None) as interrupted,
+        runs.progress_bar(progress, k, steps) as bar,
+    ):
         while k <= steps:
             # One block of steps without any question to the device. At k = steps there is only a measurement left.
             begin, clock = k, time.monotonic()
@@ -179,16 +172,6 @@ def iterate(
     return record.run(params, size)
 
 
-def _count(name: str, value: int, least: int) -> int:
-    try:
-        value = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} is {value!r}; an integer is needed") from None
-    if value < least:
-        raise ValueError(f"{name} is {value}; an integer >= {least} is needed")
-    return value
-
-
 class _Record:
     """The history of a run, in arrays allocated once, on the parameters' device."""
 
@@ -202,7 +185,7 @@ class _Record:
         """The number of recorded steps before k."""
         return len(self.at) if k > self.steps else -(-k // self.every)
 
-    def _rows_for(self, name: str, value: Tensor) -> Tensor:
+    def rows_for(self, name: str, value: Tensor) -> Tensor:
         if name not in self.history:
             self.history[name] = value.new_full((len(self.at), *value.shape), 0)
         return self.history[name]
@@ -212,14 +195,14 @@ class _Record:
             value = observable(state)
             if not isinstance(value, Tensor):
                 raise TypeError(f"observable {name!r} returned {type(value).__name__}; a tensor is needed")
-            self._rows_for(f"observed.{name}", value)[self.row(state.step)] = value
+            self.rows_for(f"observed.{name}", value)[self.row(state.step)] = value
 
     def put(self, i: int, value: Tensor) -> bool:
         """Keep the followed quantity of the block's step i; true when the block is full."""
         if self.block is None:
             capacity = 2**22 // max(1, value.numel() * value.element_size())
             self.block = value.new_empty(min(1024, max(1, capacity)), *value.shape)
-            self._rows_for("residual", value)
+            self.rows_for("residual", value)
         self.block[i] = value
         return i + 1 == len(self.block)
 
@@ -246,89 +229,34 @@ class _Record:
 
 
 class _Checkpoint:
-    """One safetensors file: parameters, history so far, and as JSON in its header the step and the configuration.
-
-    A file is replaced in one system call once its successor is on the disk: at every moment one of them is whole.
-    """
+    """One file: parameters, history so far, and in its header the step and digests of the configuration."""
 
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
         self.path = path / "run.safetensors" if path.is_dir() else path
-        self.digests = {name: _digest(value) for name, value in config.items()}
+        self.digests = {name: runs.digest(value) for name, value in config.items()}
 
     def save(self, params: list[Tensor], record: _Record, k: int) -> None:
         tensors = {f"params.{i}": p for i, p in enumerate(params)}
-        tensors |= {name: h[: record.row(k)].contiguous() for name, h in record.history.items()}
-        header = {"next_step": str(k), "config": json.dumps(self.digests)}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self.path.with_name(self.path.name + ".tmp")
-        save_file(tensors, fresh, metadata=header)
-        with open(fresh, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(fresh, self.path)
+        tensors |= {name: h[: record.row(k)] for name, h in record.history.items()}
+        runs.write_tensors(self.path, tensors, {"next_step": k, "config": self.digests})
 
     def load(self, params: list[Tensor], record: _Record) -> int:
         """Fill parameters and history from the file, and return the step to go on with; 0 without a file."""
         if not self.path.exists():
             return 0
-        try:
-            with safetensors.safe_open(self.path, framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            k, digests = int(header["next_step"]), json.loads(header["config"])
-        except (safetensors.SafetensorError, KeyError, ValueError, OSError) as error:
-            raise ValueError(f"checkpoint {self.path} cannot be read ({error}); delete it to start afresh") from error
+        tensors, header = runs.read_tensors(self.path, "checkpoint")
+        k, digests = header["next_step"], header["config"]
         other = [n for n in {**digests, **self.digests} if digests.get(n) != self.digests.get(n)]
         if other:
             raise ValueError(
                 f"checkpoint {self.path} is of a run with another {', '.join(other)}; delete it or choose a new path"
             )
-        # Copied into memory that torch allocated: the alignment of a mapped file could change the bits of a product.
         for i, p in enumerate(params):
             p.copy_(tensors.pop(f"params.{i}"))
         for name, h in tensors.items():
             h = h.to(params[0].device)
-            record._rows_for(name, h[0])[: len(h)] = h
+            record.rows_for(name, h[0])[: len(h)] = h
         return k
-
-
-def _digest(value: Any) -> str:
-    """SHA-256 of a tensor (dtype, shape, device type, bytes), a list of them, or anything JSON can hold."""
-    sha = hashlib.sha256()
-    for v in value if isinstance(value, list) and value and isinstance(value[0], Tensor) else [value]:
-        if isinstance(v, Tensor):
-            sha.update(f"{v.dtype} {tuple(v.shape)} {v.device.type}".encode())
-            sha.update(v.detach().cpu().numpy().tobytes())
-        else:
-            sha.update(json.dumps(v, sort_keys=True).encode())
-    return sha.hexdigest()
-
-
-@contextlib.contextmanager
-def _deferred_interrupt(active: bool) -> Iterator[Callable[[], bool]]:
-    """Hold back the first Ctrl-C until the step is finished; a second one gets through."""
-    pending = []
-    if not active or threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-
-    def hold(*_: Any) -> None:
-        if pending:
-            raise KeyboardInterrupt
-        pending.append(True)
-
-    before = signal.signal(signal.SIGINT, hold)
-    try:
-        yield lambda: bool(pending)
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _bar(progress: bool | None, k: int, steps: int) -> tqdm:
-    """A progress bar: by default only in a terminal, and on the standard output where there is none."""
-    terminal = sys.stderr is not None and sys.stderr.isatty()
-    hidden = not (terminal if progress is None else progress)
-    file = sys.stderr if terminal else sys.stdout
-    return tqdm(total=steps, initial=min(k, steps), disable=hidden, file=file, leave=False, unit="step")
 
 
 Update = Callable[[State, Tensor, list[Tensor]], list[Tensor]]
@@ -391,7 +319,7 @@ def train(
     eta = _step_sizes(step, weights[0])
     if chunk is None:
         chunk = default_chunk([W.shape for W in weights], X, keep_gradients=update is not None, two=sigma.pull is None)
-    chunk = min(_count("chunk", chunk, 1), len(weights[0]))
+    chunk = min(runs.count("chunk", chunk, 1), len(weights[0]))
     rule = None if update is None else f"{getattr(update, '__module__', '')}.{getattr(update, '__qualname__', update)}"
     config = {"X": X, "Y": Y, "step": eta, "activation": sigma.name, "chunk": chunk, "update": rule if update else None}
     step_ = _Descent(X, Y, eta, sigma, chunk, update)

@@ -18,7 +18,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from companion import first_layer
 from companion.data import row_norms, unit_rows
 from companion.networks import Activation, as_ensemble
 from companion.networks import activation as find_activation
@@ -185,33 +184,3 @@ def ntk_gram(
         if l:
             B = (B @ weights[l].mT[:, None]) * sigma.derivative(Z[l - 1])[:, :, None]
     return gram.view(S, N * K, N * K)
-
-
-def empirical_gram(
-    X: Float[Tensor, "N d"], W: Float[Tensor, "*S d m"], *, chunk: int | None = None
-) -> Float[Tensor, "*S N N"]:
-    """Compute ``G = J J^T``, ``G_ij = x_i.x_j #{r: w_r.x_i > 0, w_r.x_j > 0} / m``, the NTK of one trained ReLU layer.
-
-    The network is ``f(x) = sum_r a_r relu(w_r.x) / sqrt(m)``, ``a_r = +-1``, with W trained; the signs cancel. The
-    counts are exact integers, streamed over the neurons, and J (N x m d numbers) is never formed.
-
-    Args:
-        X: inputs ``(N, d)``.
-        W: weights ``(d, m)`` or ``(S, d, m)``.
-        chunk: neurons at a time, None for panels of a few megabytes; the counts do not depend on it.
-
-    Returns:
-        ``(N, N)`` or ``(S, N, N)``; only the N^2 products with ``x_i.x_j`` are rounded.
-
-    Raises:
-        ValueError: NaN, infinity or another dtype than floating point, or shapes that do not fit.
-    """
-    _check_inputs(X, None)
-    if W.ndim not in (2, 3) or W.shape[-2] != X.shape[1] or W.dtype != X.dtype or W.device != X.device:
-        found = f"{tuple(W.shape)} {W.dtype} on {W.device}"
-        raise ValueError(f"W is {found}; (d, m) or (S, d, m) with d = {X.shape[1]}, {X.dtype}, {X.device} is needed")
-    if not first_layer.finite(W):
-        raise ValueError("W holds NaN or infinity; finite numbers are needed")
-    counts = first_layer.gate_counts(X, W if W.ndim == 3 else W[None], chunk)
-    G = (X @ X.T) * counts.to(X.dtype) / W.shape[-1]
-    return G if W.ndim == 3 else G[0]

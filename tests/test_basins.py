@@ -8,7 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from companion import basins, data, langevin, networks, roads, shallow, shallow_exact, strict_minima
+from companion import basins, data, networks
+from companion.basins import certificates as strict_minima
+from companion.basins import exact as shallow_exact
+from companion.basins import langevin, roads, shallow
+from companion.rigor import arbs
 
 F64 = torch.float64
 SMOOTH = ["tanh", "softplus", "sigmoid", "sin", "exp", "cos", "gauss"]
@@ -360,7 +364,7 @@ def test_the_bound_on_the_third_derivative_holds(act):
 
 def test_the_balls_enclose_the_floats():
     (W, V), X, Y = problem(1, 4, 2, 3)
-    for act in shallow_exact.BALL_ACTIVATIONS:
+    for act in arbs.BALL_ACTIVATIONS:
         d = shallow.loss_derivatives([W, V], X, Y, act)
         balls = shallow_exact.ball_derivatives(W[0].T.tolist(), V[0, :, 0].tolist(), X, Y[:, 0], act)
         for ball, number in zip(balls.gradient, d.gradient[0].tolist(), strict=True):

@@ -7,7 +7,11 @@ import torch
 from torch import nn
 
 from companion import beyond_ntk as by
-from companion import data, expressivity, loss_gap, two_phase, verified, vision
+from companion import data, networks
+from companion.beyond_ntk import expressivity, vision
+from companion.beyond_ntk import gap_and_rate as loss_gap
+from companion.beyond_ntk import recipe as two_phase
+from companion.rigor import linear_algebra as verified
 
 
 def seeded(seed=0):
@@ -30,7 +34,7 @@ def test_names():
 # --- separation is expressivity (width threshold)
 
 
-@pytest.mark.parametrize("activation", [vision.Softplus, nn.Tanh])
+@pytest.mark.parametrize("activation", [networks.Softplus, nn.Tanh])
 def test_full_rank_begins_at_exactly_N_minus_1_neurons(activation):
     N, d = 60, 8
     for seed in range(20):
@@ -54,7 +58,7 @@ def test_linear_networks_never_have_it():
 def test_square_stops_at_the_number_of_quadratics():
     for p in (2, 3, 4):
         X = gaussian(40, p, p)
-        model = vision.mlp((p, 100, 2), activation=vision.Square, generator=seeded())
+        model = vision.mlp((p, 100, 2), activation=networks.Square, generator=seeded())
         M = by.with_constant(by.last_layer_features(model, model.last, X))
         assert int(torch.linalg.matrix_rank(M)) == math.comb(p + 2, 2)
         assert not by.certify_expressivity(model, X)
@@ -99,7 +103,7 @@ def sgd(parameters):
 
 
 def small(seed=1):
-    return vision.mlp((64, 16, 60, 10), activation=lambda: vision.Softplus(10.0), generator=seeded(seed))
+    return vision.mlp((64, 16, 60, 10), activation=lambda: networks.Softplus(10.0), generator=seeded(seed))
 
 
 def test_the_recipe_ends_at_a_certified_global_minimum():
@@ -117,7 +121,7 @@ def test_the_recipe_ends_at_a_certified_global_minimum():
 
 def test_the_gap_needs_no_rank():
     X, _, labels = digits()
-    model = vision.mlp((64, 16, 7, 10), activation=lambda: vision.Softplus(10.0), generator=seeded(1))
+    model = vision.mlp((64, 16, 7, 10), activation=lambda: networks.Softplus(10.0), generator=seeded(1))
     run = by.two_phase(model, model.last, X, labels, sgd, 10, options={"steps": 300}, generator=seeded(2))
     assert not by.certify_expressivity(model, X)
     gap = by.certify_gap(model, X, labels)
@@ -153,7 +157,7 @@ def test_copies_have_a_floor_and_least_squares_reaches_it():
 def test_noise_on_the_wide_layer_gives_rank_over_frozen_relu_layers():
     X, _, _ = digits()
     lower = [nn.Linear(64, 30), nn.ReLU()]
-    model = nn.Sequential(*lower, nn.Linear(30, 60), vision.Softplus(10.0), nn.Linear(60, 10)).double()
+    model = nn.Sequential(*lower, nn.Linear(30, 60), networks.Softplus(10.0), nn.Linear(60, 10)).double()
     vision.initialize(model, seeded(4))
     with torch.no_grad():
         model[2].weight.zero_(), model[2].bias.zero_()  # no rank at all
@@ -190,7 +194,7 @@ def test_rates_cover_phase_two_of_the_recipe():
 def test_other_statistics_keep_expressivity():
     X, _, _ = digits(30)
     model = vision.conv_resnet(
-        (1, 8, 8), (4, 4, 6), 29, 10, activation=lambda: vision.Softplus(10.0), generator=seeded(1)
+        (1, 8, 8), (4, 4, 6), 29, 10, activation=lambda: networks.Softplus(10.0), generator=seeded(1)
     )
     twin = by.switch_batchnorm(model, by.batchnorm_statistics(model, X))
     assert by.certify_expressivity(model, X)

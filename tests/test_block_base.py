@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from companion import block_base
-from companion.block_base import Block, Custom
+from companion.mean_field.blocks import base as block_base
+from companion.mean_field.blocks.base import Block, Custom
 
 
 def bump(z, theta):

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from companion import blocks
-from companion.blocks import RBF, BallBump, Bias, Block, Custom, GaussBump, Linear, ReluMLP, Squares, TanhMLP
+from companion.mean_field.blocks import RBF, BallBump, Bias, Block, Custom, GaussBump, Linear, ReluMLP, Squares, TanhMLP
+from companion.mean_field.blocks import bumps as blocks
 
 
 def bump(z, theta):

@@ -14,13 +14,12 @@ from companion.certificate import (
     STATUSES,
     Assumption,
     Certificate,
-    ClaimFailed,
-    Claims,
     assumed,
     compare,
     plain,
     show,
 )
+from companion.lab.claims import ClaimFailed, Claims
 
 numbers = st.floats(allow_nan=True, allow_infinity=True)
 

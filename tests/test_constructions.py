@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from companion import constructions as co
-from companion import data, vision
+from companion import data, networks
+from companion.beyond_ntk import constructions as co
+from companion.beyond_ntk import vision
 
 
 def seeded(seed=0):
@@ -29,7 +30,7 @@ def test_witness_bound_is_below_the_true_singular_value(N, seed, beta):
     w = co.spline_witness(z, beta)
     assert 0 < w.bound <= float(torch.linalg.svdvals(w.M)[-1]) * (1 + 1e-9)
     # the features are the network's own: softplus of an affine function of z, then the constant
-    h = vision.Softplus(beta)(z[:, None] * w.weight + w.bias)
+    h = networks.Softplus(beta)(z[:, None] * w.weight + w.bias)
     torch.testing.assert_close(w.M[:, :-1], h, rtol=1e-9, atol=1e-9)
 
 
@@ -148,7 +149,7 @@ def test_tied_net_moves_as_the_full_one(make):
 
 def test_tied_losses_stay_above_the_floor():
     X, Y = tied_problem()
-    model = vision.mlp((64, 8, 61, 10), activation=lambda: vision.Softplus(10.0), generator=seeded(2))
+    model = vision.mlp((64, 8, 61, 10), activation=lambda: networks.Softplus(10.0), generator=seeded(2))
     _, losses = co.tied_train(model, X, Y, lambda p: torch.optim.Adam(p, 1e-2), 600)
     assert float(losses.min()) >= co.tied_floor(Y) * (1 - 1e-12)
     assert float(losses[-1]) < 0.5 * float(losses[0])
@@ -184,6 +185,6 @@ def test_relu_loses_a_quarter():
 def test_noise_alone_bounds_no_singular_value():
     s, gap, eps = 1e-3, 2.0, 2e-4
     A, a = s * torch.randn(2, 400_000, generator=seeded(6), dtype=torch.float64)
-    h = vision.Softplus()(A * gap / 2 + a), vision.Softplus()(-A * gap / 2 + a)
+    h = networks.Softplus()(A * gap / 2 + a), networks.Softplus()(-A * gap / 2 + a)
     measured = float(((h[0] - h[1]).abs() <= eps).double().mean())
     assert measured == pytest.approx(math.erf(math.sqrt(2) * eps / (s * gap)), abs=0.005)

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.integrate import solve_ivp
 
-from companion import coupling
-from companion.blocks import Constants, GaussBump
-from companion.coupling import closed_form, finite, growth_bound, sizes, stepwise
+from companion.mean_field import coupling
+from companion.mean_field.blocks import Constants, GaussBump
+from companion.mean_field.coupling import closed_form, finite, growth_bound, sizes, stepwise
 
 positive = st.floats(0.05, 1.2)
 

@@ -10,8 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from companion import enclosures, verified, vision
-from companion.enclosures import NoEnclosure
+from companion import networks
+from companion.beyond_ntk import vision
+from companion.rigor import linear_algebra as verified
+from companion.rigor import modules as enclosures
+from companion.rigor.modules import NoEnclosure
 
 try:
     import flint
@@ -42,7 +45,7 @@ def true_layer(module, x):
         for part in module:
             x = true_layer(part, x)
         return x
-    if isinstance(module, vision.Residual):
+    if isinstance(module, networks.Residual):
         return zipped(lambda a, b: a + b, true_layer(module.body, x), true_layer(module.shortcut, x))
     if isinstance(module, nn.Linear):
         bias = [0.0] * module.out_features if module.bias is None else module.bias.tolist()
@@ -71,7 +74,7 @@ def true_layer(module, x):
     pointwise = {
         nn.ReLU: lambda v: true_max([v, arb(0)]),
         nn.Tanh: lambda v: v.tanh(),
-        vision.Softplus: lambda v: (1 + (arb(module.beta) * v).exp()).log() / arb(module.beta),
+        networks.Softplus: lambda v: (1 + (arb(module.beta) * v).exp()).log() / arb(module.beta),
         nn.Identity: lambda v: v,
         nn.Dropout: lambda v: v,
     }
@@ -108,25 +111,25 @@ def mlp(g, seed):
     """A random perceptron; the seed chooses depth, widths, activation, BatchNorm, and a hostile scaling."""
     widths = [int(n) for n in torch.randint(1, 5, (2 + seed % 3,), generator=g)]
     widths = [widths[0]] * len(widths) if seed % 7 == 0 else widths
-    activation = (nn.ReLU, nn.Tanh, vision.Softplus, lambda: vision.Softplus(10.0))[seed % 4]
+    activation = (nn.ReLU, nn.Tanh, networks.Softplus, lambda: networks.Softplus(10.0))[seed % 4]
     parts = []
     for a, b in itertools.pairwise(widths):
         parts += [nn.Linear(a, b, bias=seed % 5 > 0), activation()]
         if seed % 3 == 0:
             parts.insert(-1, nn.BatchNorm1d(b))
         if seed % 7 == 0:
-            parts = [*parts[:-2], vision.Residual(nn.Sequential(*parts[-2:]), nn.Identity())]
+            parts = [*parts[:-2], networks.Residual(nn.Sequential(*parts[-2:]), nn.Identity())]
     return nn.Sequential(*parts, nn.Dropout(), nn.Linear(widths[-1], 2)), (widths[0],)
 
 
 def resnet(g, seed):
     """A small convolutional residual network with BatchNorm, the kind that `vision.conv_resnet` makes."""
-    activation = (nn.ReLU, nn.Tanh, vision.Softplus)[seed % 3]
+    activation = (nn.ReLU, nn.Tanh, networks.Softplus)[seed % 3]
     pool = (nn.AdaptiveAvgPool2d(1), nn.MaxPool2d(2), nn.AvgPool2d(2))[seed // 3 % 3]
     body = nn.Sequential(nn.Conv2d(2, 2, 2, stride=2, bias=False), nn.BatchNorm2d(2))
     return nn.Sequential(
         nn.Unflatten(1, (1, 3, 3)), nn.Conv2d(1, 2, 2, padding=1), activation(),
-        vision.Residual(body, nn.Conv2d(2, 2, 1, stride=2)), activation(), pool, nn.Flatten(), nn.Linear(2, 2),
+        networks.Residual(body, nn.Conv2d(2, 2, 1, stride=2)), activation(), pool, nn.Flatten(), nn.Linear(2, 2),
     ), (9,)  # fmt: skip
 
 
@@ -192,12 +195,12 @@ def chain(layer, image=False):
         ("dense_ball", chain(lambda: nn.Linear(4, 1))),
         ("conv2d_ball", chain(lambda: nn.Conv2d(1, 1, 1), image=True)),
         ("batchnorm_ball", chain(lambda: nn.BatchNorm1d(4))),
-        ("add_ball", chain(lambda: vision.Residual(nn.Identity(), nn.Identity()))),
+        ("add_ball", chain(lambda: networks.Residual(nn.Identity(), nn.Identity()))),
         ("avgpool_ball", chain(lambda: nn.AdaptiveAvgPool2d(1), image=True)),
         ("maxpool_ball", chain(lambda: nn.MaxPool2d(2), image=True)),
         ("relu_ball", chain(nn.ReLU)),
         ("tanh_ball", chain(nn.Tanh)),
-        ("softplus_ball", chain(vision.Softplus)),
+        ("softplus_ball", chain(networks.Softplus)),
     ],
 )
 def test_a_layer_that_forgets_a_radius_is_caught(monkeypatch, rule, make):
@@ -231,7 +234,7 @@ def test_trials_cover_every_layer():
 # --- Networks of the user ---------------------------------------------------------------------------------------------
 
 
-def resnet_of_digits(wide=40, activation=lambda: vision.Softplus(10.0)):
+def resnet_of_digits(wide=40, activation=lambda: networks.Softplus(10.0)):
     g = torch.Generator().manual_seed(0)
     return vision.conv_resnet((1, 8, 8), (4, 4, 8), wide, 10, activation=activation, generator=g)
 
@@ -359,8 +362,8 @@ def own(forward):
         (nn.GroupNorm(2, 4), "GroupNorm"),
         (nn.LeakyReLU(), "LeakyReLU"),
         (nn.Softmax(dim=1), "Softmax"),
-        (vision.Square(), "Square"),
-        (vision.Sine(), "Sine"),
+        (networks.Square(), "Square"),
+        (networks.Sine(), "Sine"),
         (nn.BatchNorm1d(4, track_running_stats=False), "BatchNorm1d without stored statistics"),
         (nn.Linear(4, 4, dtype=torch.complex64), "complex parameters"),
         (nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "ParametrizedLinear|linear in"),
@@ -458,7 +461,7 @@ def test_overwritten_numbers_are_refused():
     chain = nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True), nn.Dropout(0.5, inplace=True), nn.Linear(3, 1))
     enclosures.enclose(chain, gaussian(4, 3))
     shared = nn.ReLU(inplace=True)
-    skip = nn.Sequential(nn.Linear(3, 3), vision.Residual(shared, nn.Identity()), nn.Linear(3, 1))
+    skip = nn.Sequential(nn.Linear(3, 3), networks.Residual(shared, nn.Identity()), nn.Linear(3, 1))
     assert "overwrites" in refusal(skip, gaussian(4, 3))
 
 

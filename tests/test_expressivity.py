@@ -12,8 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from companion import data, enclosures, expressivity, verified, vision
-from companion.expressivity import certify_expressivity, equal_inputs, head, separation
+from companion import data, networks
+from companion.beyond_ntk import expressivity, vision
+from companion.beyond_ntk.expressivity import certify_expressivity, equal_inputs, head, separation
+from companion.rigor import linear_algebra as verified
+from companion.rigor import modules as enclosures
 
 
 def gaussian(*shape, seed=0):
@@ -21,7 +24,7 @@ def gaussian(*shape, seed=0):
 
 
 def softplus():
-    return vision.Softplus(10.0)
+    return networks.Softplus(10.0)
 
 
 def mlp(widths, seed=0, **options):
@@ -162,7 +165,7 @@ def test_bad_points(unchecked, xi, D, error, message):
 # --- The theorem's edges ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("activation", [vision.Softplus, nn.Tanh])
+@pytest.mark.parametrize("activation", [networks.Softplus, nn.Tanh])
 def test_width_is_sharp(activation):
     """N = 60: m = 58 never, m = 59 always; the linear network never."""
     for seed in range(20):
@@ -176,7 +179,7 @@ def test_width_is_sharp(activation):
         assert certify_expressivity(linear, X).reason.startswith("activation: Identity")
 
 
-@pytest.mark.parametrize("activation", [vision.Softplus, nn.Tanh])
+@pytest.mark.parametrize("activation", [networks.Softplus, nn.Tanh])
 def test_rank_agrees_with_exact_arithmetic(activation):
     """What the certificate says of almost every wide layer holds for a random one, checked in fractions."""
     for seed in range(5):
@@ -206,7 +209,7 @@ def test_without_wide_bias_odd_activations_lose_rank():
 
 @pytest.mark.parametrize(
     "activation",
-    [vision.Softplus, vision.Sine, nn.Tanh, nn.Sigmoid, nn.GELU, lambda: nn.GELU("tanh"), nn.SiLU],
+    [networks.Softplus, networks.Sine, nn.Tanh, nn.Sigmoid, nn.GELU, lambda: nn.GELU("tanh"), nn.SiLU],
 )
 def test_analytic_activations(activation):
     assert certify_expressivity(sequential(3, 6, 2, activation=activation), gaussian(5, 3)).holds
@@ -216,8 +219,8 @@ def test_analytic_activations(activation):
     ("activation", "reason"),
     [
         (nn.ReLU, "activation: ReLU (1) is not listed"),
-        (vision.Square, "activation: Square (1) is not listed"),
-        (nn.Softplus, "activation: Softplus (1) is clipped, not analytic; use companion.vision.Softplus"),
+        (networks.Square, "activation: Square (1) is not listed"),
+        (nn.Softplus, "activation: Softplus (1) is clipped, not analytic; use companion.networks.Softplus"),
         (nn.LeakyReLU, "activation: LeakyReLU (1) is not listed"),
         (nn.Hardtanh, "activation: Hardtanh (1) is not listed"),
         (nn.Mish, "activation: Mish (1) is not listed"),

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from companion import features, kernels, vision
+from companion import kernels
+from companion.beyond_ntk import features, vision
 
 
 def seeded(seed=0):

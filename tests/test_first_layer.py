@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from companion import descent, first_layer
+from companion import descent
+from companion.minimum_norm import first_layer
 
 
 def problem(S=2, N=7, d=3, m=50, seed=0, dtype=torch.float64):

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from companion import gates, verified
+from companion.minimum_norm import gates
+from companion.rigor import linear_algebra as verified
 
 
 def layer(N=5, d=3, m=60, S=2, seed=0, kappa=1.0):

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from companion import intervals
-from companion.intervals import Interval, cat, point
+from companion.rigor import intervals
+from companion.rigor.intervals import Interval, cat, point
 
 F64 = torch.float64
 numbers = st.floats(-1e6, 1e6, allow_nan=False, allow_subnormal=True)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from companion import data, kernels, networks
+from companion.minimum_norm import first_layer
 
 
 def rows(N, d, seed):
@@ -212,10 +213,10 @@ def test_empirical_gram_is_that_of_the_jacobian_and_tends_to_the_kernel():
     signs = torch.ones(30, dtype=torch.float64)
     signs[::3] = -1
     for s in range(2):
-        torch.testing.assert_close(kernels.empirical_gram(X, W[s]), jacobian_gram(X, W[s], signs))
-    torch.testing.assert_close(kernels.empirical_gram(X, W)[1], kernels.empirical_gram(X, W[1]))
+        torch.testing.assert_close(first_layer.empirical_gram(X, W[s]), jacobian_gram(X, W[s], signs))
+    torch.testing.assert_close(first_layer.empirical_gram(X, W)[1], first_layer.empirical_gram(X, W[1]))
     wide = torch.randn(4, 400_000, generator=g, dtype=torch.float64)
-    error = kernels.empirical_gram(X, wide) - kernels.relu_ntk(X)
+    error = first_layer.empirical_gram(X, wide) - kernels.relu_ntk(X)
     # five standard deviations of a mean of 400,000 terms of size at most |x_i||x_j|
     assert error.abs().max() < 5 * X.square().sum(1).max() / 400_000**0.5
 
@@ -224,4 +225,4 @@ def test_empirical_gram_refuses_what_does_not_fit(unchecked):
     X, W = torch.randn(5, 3), torch.randn(3, 8)
     for bad, text in ((W.double(), "torch.float32"), (W[:2], r"\(d, m\) or \(S, d, m\)"), (W / 0, "W holds NaN")):
         with pytest.raises(ValueError, match=text):
-            kernels.empirical_gram(X, bad)
+            first_layer.empirical_gram(X, bad)

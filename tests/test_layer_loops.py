@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from companion import layer_loops
-from companion.blocks import RBF, BallBump, Bias, Custom, GaussBump, Linear, ReluMLP, Squares, TanhMLP
+from companion.mean_field import loops as layer_loops
+from companion.mean_field.blocks import RBF, BallBump, Bias, Custom, GaussBump, Linear, ReluMLP, Squares, TanhMLP
 
 
 def twist(z, theta):

@@ -8,8 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from companion import data, enclosures, loss_gap, verified, vision
-from companion.loss_gap import certify_gap, certify_rate, duplicate_floor_lower, loss_bounds
+from companion import data, networks
+from companion.beyond_ntk import gap_and_rate as loss_gap
+from companion.beyond_ntk import vision
+from companion.beyond_ntk.gap_and_rate import certify_gap, certify_rate, duplicate_floor_lower, loss_bounds
+from companion.rigor import linear_algebra as verified
+from companion.rigor import modules as enclosures
 
 try:
     import flint
@@ -183,7 +187,7 @@ def test_floor_is_zero_without_conflict():
 def test_equal_inputs_with_different_targets_are_subtracted():
     X, Y = gaussian(12, 3), gaussian(12, 2, seed=1)
     X[7] = X[2]
-    model = mlp((3, 8, 20, 2), activation=vision.Softplus)
+    model = mlp((3, 8, 20, 2), activation=networks.Softplus)
     averaged = Y.clone()
     averaged[2] = averaged[7] = (Y[2] + Y[7]) / 2
     fit(model, X, averaged)
@@ -225,7 +229,7 @@ def test_gap_bounds_the_true_network_s_loss(loss):
 
 def test_headline_least_squares_reaches_the_global_minimum():
     digits = data.digits(n=150, normalize=False)
-    model = mlp((64, 16, 200, 10), activation=lambda: vision.Softplus(10.0))
+    model = mlp((64, 16, 200, 10), activation=lambda: networks.Softplus(10.0))
     before = certify_gap(model, digits.X, digits.Y)
     fit(model, digits.X, digits.Y)
     after = certify_gap(model, digits.X, digits.Y, within=1e-15)
@@ -307,7 +311,7 @@ def features(model, X):
 
 
 def test_rate_brackets_the_spectrum():
-    X, model = gaussian(20, 4), mlp((4, 6, 61, 3), activation=lambda: vision.Softplus(3.0))
+    X, model = gaussian(20, 4), mlp((4, 6, 61, 3), activation=lambda: networks.Softplus(3.0))
     found = certify_rate(model, X).quantities
     values = torch.linalg.svdvals(features(model, X))
     assert 0.5 * float(values[-1]) < found["sigma_min"] < float(values[-1])
@@ -348,7 +352,7 @@ def test_gradient_descent_obeys_the_rate(loss):
 
 
 def test_order_of_samples_and_neurons_hardly_matters():
-    X, model = gaussian(25, 4), mlp((4, 40, 3), activation=lambda: vision.Softplus(3.0))
+    X, model = gaussian(25, 4), mlp((4, 40, 3), activation=lambda: networks.Softplus(3.0))
     sigma = certify_rate(model, X).quantities["sigma_min"]
     order = torch.randperm(25, generator=torch.Generator().manual_seed(1))
     assert certify_rate(model, X[order]).quantities["sigma_min"] == pytest.approx(sigma, rel=1e-6)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from sklearn.isotonic import IsotonicRegression
 
 from companion import mean_field as mf
-from companion.blocks import HYPOTHESES, RBF, BallBump, Bias, GaussBump, Linear, Squares, TanhMLP
-from companion.particles import Depth
+from companion.mean_field.blocks import HYPOTHESES, RBF, BallBump, Bias, GaussBump, Linear, Squares, TanhMLP
+from companion.mean_field.flow import Depth
 
 F64 = torch.float64
 PLANE = torch.tensor([[-1.2, 0.3], [-0.4, -0.5], [0.4, 0.6], [1.2, -0.2]], dtype=F64)

@@ -9,8 +9,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from companion import data, descent, first_layer, kernels
+from companion import data, descent
 from companion import minimum_norm as mn
+from companion.minimum_norm import first_layer
 
 
 def example():
@@ -85,7 +86,7 @@ def test_linear_descent_stays_in_the_row_space_and_ends_at_the_solution():
 @given(seed=st.integers(0, 10_000), eta=st.floats(1e-3, 3.0), move=st.floats(0, 3), kinks=st.integers(0, 6))
 def test_the_lyapunov_identity_and_its_inequalities(seed, eta, move, kinks):
     X, y, W0, signs = small(seed, m=24, antisymmetric=bool(seed % 2), kinks=kinks, S=2)
-    assume(float(torch.linalg.eigvalsh(kernels.empirical_gram(X, W0))[:, 0].min()) > 1e-3)
+    assume(float(torch.linalg.eigvalsh(first_layer.empirical_gram(X, W0))[:, 0].min()) > 1e-3)
     sol = mn.solve(X, y, W0, signs)
     W = W0 + move * torch.randn(W0.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     step = eta / float(torch.linalg.eigvalsh(sol.gram).max())
@@ -101,7 +102,7 @@ def test_the_lyapunov_identity_and_its_inequalities(seed, eta, move, kinks):
     if step <= mn.safe_step(X):
         falls = terms.e > 2 * terms.b
         assert bool((terms.change[falls] <= 1e-11 * size[falls]).all())
-    G = kernels.empirical_gram(X, W)
+    G = first_layer.empirical_gram(X, W)
     norm = torch.linalg.matrix_norm(X, 2) ** 2
     assert bool((torch.linalg.eigvalsh(G)[:, -1] <= norm * (1 + 1e-12)).all())
 
@@ -294,7 +295,7 @@ def test_everything_that_a_certificate_says_happens(seed, kappa, reference, kink
 
 
 def q_lambda0(X, W0):
-    return float(torch.linalg.eigvalsh(kernels.empirical_gram(X, W0))[0, 0]) ** 0.5
+    return float(torch.linalg.eigvalsh(first_layer.empirical_gram(X, W0))[0, 0]) ** 0.5
 
 
 def test_certificates_close_here_and_the_certified_one_is_weaker():
@@ -354,7 +355,7 @@ def test_the_explicit_width_of_the_example():
 def test_reasons_of_a_refusal():
     X, y, W0, signs = small(3, m=400, kappa=300.0)
     small_step = mn.safe_step(X)
-    top = float(torch.linalg.eigvalsh(kernels.empirical_gram(X, W0))[0, -1])
+    top = float(torch.linalg.eigvalsh(first_layer.empirical_gram(X, W0))[0, -1])
     assert mn.certify(X, y, W0, signs, step=1.5 / top).reason.startswith("step too large: η λ_max = 1.5")
     with pytest.warns(UserWarning, match="at least 2"):
         assert mn.certify(X, y, W0, signs, step=2.5 / top).reason.startswith("step too large")

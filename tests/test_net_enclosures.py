@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from companion import mean_field as mf
-from companion.blocks import RBF, BallBump, Bias, Custom, GaussBump, Linear, TanhMLP
-from companion.net_enclosures import enclose
+from companion.mean_field.blocks import RBF, BallBump, Bias, Custom, GaussBump, Linear, TanhMLP
+from companion.mean_field.enclosures import enclose
 
 F64 = torch.float64
 BLOCKS = [BallBump(1), BallBump(2), BallBump(2, R=1.7), GaussBump(0.7), RBF(2), TanhMLP(2), Linear(2), Bias(2)]

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from companion import particles
-from companion.blocks import BallBump, Bias, GaussBump, Linear, TanhMLP
-from companion.particles import Depth, limit_flow
+from companion.mean_field import flow as particles
+from companion.mean_field.blocks import BallBump, Bias, GaussBump, Linear, TanhMLP
+from companion.mean_field.flow import Depth, limit_flow
 
 F64 = torch.float64
 X = torch.tensor([[-1.2], [-0.4], [0.4], [1.2]], dtype=F64)

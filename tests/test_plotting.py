@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from companion import plotting
+from companion.lab import plotting
 
 
 @pytest.fixture

@@ -2,11 +2,12 @@
 
 import json
 import os
+from importlib import metadata
 
 import pytest
 import torch
 
-from companion import records
+from companion.lab import records
 
 
 def test_what_is_written_comes_back(tmp_path):
@@ -15,7 +16,11 @@ def test_what_is_written_comes_back(tmp_path):
     record = json.loads(path.read_text(encoding="utf8"))
     assert record["results"] == {"V": [[1.5, 2.0]], "worst": "nan"}
     assert record["settings"] == {"m": 8, "steps": [1, 2]}
-    assert record["versions"]["torch"] == torch.__version__
+    # a build for CUDA is 2.13.0+cu130 and its distribution 2.13.0
+    versions = {name: found.partition("+")[0] for name, found in record["versions"].items()}
+    assert {n: versions[n] for n in ("torch", "numpy")} == {
+        n: metadata.version(n).partition("+")[0] for n in ("torch", "numpy")
+    }
     assert record["machine"]["device"] == "cpu"
     assert record["date"][:2] == "20"
     assert [p.name for p in path.parent.iterdir()] == ["run.json"]

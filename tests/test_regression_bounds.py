@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from companion import last_layer as ll
-from companion import regression_bounds as rb
+from companion.beyond_ntk import bounds as rb
+from companion.beyond_ntk import last_layer as ll
 
 
 def seeded(seed=0):

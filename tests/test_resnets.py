@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from companion import resnets
-from companion.blocks import BallBump, Bias, GaussBump, Linear, ReluMLP, Squares, TanhMLP
+from companion.mean_field import resnets
+from companion.mean_field.blocks import BallBump, Bias, GaussBump, Linear, ReluMLP, Squares, TanhMLP
 
 
 def float64(x):

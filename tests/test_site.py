@@ -1,5 +1,6 @@
 """The site builds without a warning and its pages hold together; each check is shown to fail on a broken page."""
 
+import importlib
 import json
 import os
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import check_site
 import pytest
-from course import address, lessons, reading, repairs
+from course import address, api, lessons, reading, repairs
 
 REPOSITORY = "https://github.com/someone/else"
 COLAB = "https://colab.research.google.com/github/someone/else/blob/main/lessons/01-a.ipynb"
@@ -66,9 +67,21 @@ class TestSite:
             assert len(shown) >= stored
 
     def test_every_module_has_its_place_in_the_reference(self, site):
-        text = (site / "book" / "api.html").read_text(encoding="utf8")
-        modules = {path.stem for path in (address.ROOT / "companion").glob("*.py")} - {"__init__"}
-        assert {name for name in modules if f'id="module-companion.{name}"' not in text} == set()
+        pages = "".join(page.read_text(encoding="utf8") for page in (site / "book" / "api").glob("*.html"))
+        for name in api.modules("companion")[1:]:
+            assert pages.count(f'id="module-{name}"') == 1, name
+
+    def test_no_name_of_a_face_is_described_twice(self, site):
+        described = [
+            name
+            for page in (site / "book" / "api").glob("*.html")
+            for name in re.findall(r'class="sig sig-object py" id="([^"]+)"', page.read_text(encoding="utf8"))
+        ]
+        assert len(described) == len(set(described)) > 100
+        for module in api.modules("companion")[1:]:
+            for name in getattr(importlib.import_module(module), "__all__", ()):
+                elsewhere = [f"{inner}.{name}" for inner in api.modules(module)[1:]]
+                assert not set(elsewhere) & set(described)
 
     def test_search_engines_are_told_the_published_address(self, site):
         assert f'<link rel="canonical" href="{address.site()}' in (site / "book" / "notation.html").read_text()

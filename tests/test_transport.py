@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from companion.blocks import BallBump, Bias, GaussBump
-from companion.particles import density_rule, limit_flow
-from companion.transport import _weno, fv_flow
+from companion.mean_field.blocks import BallBump, Bias, GaussBump
+from companion.mean_field.density_flow import _weno, fv_flow
+from companion.mean_field.flow import density_rule, limit_flow
 
 F64 = torch.float64
 X = torch.tensor([[-1.2], [-0.4], [0.4], [1.2]], dtype=F64)

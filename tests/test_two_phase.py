@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from companion import last_layer, two_phase, vision
-from companion.two_phase import relative_noise
+from companion.beyond_ntk import last_layer, vision
+from companion.beyond_ntk import recipe as two_phase
+from companion.beyond_ntk.recipe import relative_noise
 
 
 def seeded(seed=0):

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from companion import verified
+from companion.rigor import linear_algebra as verified
 
 try:
     import flint

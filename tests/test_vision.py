@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from companion import vision
+from companion import networks
+from companion.beyond_ntk import vision
 
 
 def seeded(seed=0):
@@ -17,7 +18,7 @@ def seeded(seed=0):
 def test_softplus_is_the_function_of_the_theorems():
     x = torch.tensor([-80.0, -3.0, 0.0, 1e-3, 2.0, 19.9, 20.1, 300.0], dtype=torch.float64)
     for beta in (0.5, 1.0, 10.0):
-        found = vision.Softplus(beta)(x)
+        found = networks.Softplus(beta)(x)
         with mpmath.workdps(50):
             exact = [float(mpmath.log(1 + mpmath.exp(beta * mpmath.mpf(v))) / beta) for v in x.tolist()]
         torch.testing.assert_close(found, torch.tensor(exact, dtype=torch.float64), rtol=1e-14, atol=0)
@@ -28,18 +29,18 @@ def test_torchs_own_softplus_jumps_at_its_threshold():
     above = torch.nextafter(below, torch.tensor(21.0, dtype=torch.float64))
     jump = nn.functional.softplus(below) - nn.functional.softplus(above)
     assert float(jump) == pytest.approx(2.06e-9, rel=5e-3)
-    smooth = vision.Softplus()(below) - vision.Softplus()(above)
+    smooth = networks.Softplus()(below) - networks.Softplus()(above)
     assert abs(float(smooth)) < 1e-14
 
 
 def test_softplus_has_the_logistic_derivative():
     x = torch.linspace(-6, 6, 25, dtype=torch.float64, requires_grad=True)
-    vision.Softplus(3.0)(x).sum().backward()
+    networks.Softplus(3.0)(x).sum().backward()
     torch.testing.assert_close(x.grad, torch.sigmoid(3 * x.detach()))
 
 
 def test_mlp_is_its_formula():
-    model = vision.mlp((3, 4, 7, 2), activation=lambda: vision.Softplus(2.0), generator=seeded())
+    model = vision.mlp((3, 4, 7, 2), activation=lambda: networks.Softplus(2.0), generator=seeded())
     X = torch.randn(5, 3, generator=seeded(1), dtype=torch.float64)
 
     def s(z):
@@ -117,8 +118,8 @@ def test_shift_moves_every_image_by_at_most_a_pixel():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: vision.Softplus(0.0), "beta is 0.0"),
-        (lambda: vision.Softplus(math.nan), "beta is nan"),
+        (lambda: networks.Softplus(0.0), "beta is 0.0"),
+        (lambda: networks.Softplus(math.nan), "beta is nan"),
         (lambda: vision.mlp((3, 2), generator=seeded()), "widths is"),
         (lambda: vision.mlp((3, 0, 2), generator=seeded()), "widths is"),
         (lambda: vision.mlp((3, 4, 2), dropout=1.0, generator=seeded()), "dropout is"),

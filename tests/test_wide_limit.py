@@ -7,7 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from companion import data, first_layer, kernels, minimum_norm, wide_limit
+from companion import data, kernels, minimum_norm
+from companion.minimum_norm import first_layer
+from companion.minimum_norm import kernel_limit as wide_limit
 
 
 def example(lift=False):

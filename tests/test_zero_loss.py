@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from companion import blocks
-from companion.blocks import RBF, BallBump, Bias, GaussBump, Linear, TanhMLP
-from companion.resnets import forward, rescaled_gradient
-from companion.zero_loss import centre, gram_kernel, lipschitz_bound, local_ball, uniform_ball
+from companion.mean_field.blocks import RBF, BallBump, Bias, GaussBump, Linear, TanhMLP
+from companion.mean_field.blocks import bumps as blocks
+from companion.mean_field.jacobian import centre, gram_kernel, lipschitz_bound, local_ball, uniform_ball
+from companion.mean_field.resnets import forward, rescaled_gradient
 
 F64 = torch.float64
 ONE = torch.ones(1, dtype=F64)

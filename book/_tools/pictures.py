@@ -12,8 +12,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from companion import data, descent, kernels, networks, plotting
+from companion import data, descent, kernels, networks
 from companion import width_bounds as wb
+from companion.lab import plotting
 
 STATIC = Path(__file__).parents[1] / "_static"
 
@@ -102,7 +103,7 @@ def readme_pictures() -> None:
     axis.set(yscale="log", xlabel="step k", ylabel="$\\|R_k\\|_F$", title="50 points, 1,600 neurons, 6,000 steps")
     axis.legend()
     figure.savefig(STATIC / "readme-curve.png", dpi=150)
-    rows = [("assumption", "found", "needed", "status", "holds"), *cert._rows()]
+    rows = [("assumption", "found", "needed", "status", "holds"), *cert.rows()]
     figure, axis = plt.subplots(figsize=(8.2, 3.0))
     axis.axis("off")
     axis.set_title(f"{cert.theorem}: {cert.verdict()}", loc="left", fontweight="bold")

@@ -1,4 +1,4 @@
-"""Take the records of ``companion/stored`` anew: python book/_tools/take_records.py [NAME ...].
+"""Take the records of ``companion/lab/stored`` anew: python book/_tools/take_records.py [NAME ...].
 
 Each takes minutes; they are what a lesson shows and does not wait for.  On a GPU: --device cuda.
 """
@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
-from companion import first_layer, minimum_norm, records
+from companion import minimum_norm
+from companion.lab import records
+from companion.minimum_norm import first_layer
 
-STORED = Path(__file__).resolve().parents[2] / "companion" / "stored"
+STORED = Path(__file__).resolve().parents[2] / "companion" / "lab" / "stored"
 
 
 def digits(values: torch.Tensor, n: int = 5) -> list:

@@ -79,9 +79,9 @@ class UsedInDirective(SphinxDirective):
 
 
 def _uses(text: str, module: str) -> bool:
-    imports = " ".join(re.findall(r"^from companion import (.*)$", text, re.MULTILINE))
+    imports = ",".join(re.findall(r"^ *from companion import (.*)$", text, re.MULTILINE))
     imported = {part.split()[0] for part in re.split(r"[,()]", imports) if part.split()}
-    return module in imported or f"companion.{module}" in text
+    return module in imported or f"from companion.{module}" in text
 
 
 def setup(app):

@@ -1,0 +1,318 @@
+"""One hidden layer in exact and in interval arithmetic: the numbers behind `companion.basins.certify_strict_minimum`.
+
+A neuron whose pre-activations are integer multiples ``k u`` of one number u has rational features for the right u:
+
+- ``exp``, ``sigmoid``, ``tanh``: ``u = ln b`` with b > 0 rational, because ``e^{k u} = b^k``;
+- ``sin``: ``cos u`` and ``sin u`` rational with ``cos^2 + sin^2 = 1``, such as (3/5, 4/5) or (0, 1), by de Moivre.
+
+So loss, gradient and Hessian are rational numbers and every sign is a proof.  For decimal data the same formulas run on
+real balls (python-flint, the extra ``certify``), which enclose the true values.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from companion.rigor.arbs import Jet, ball_functions, ends, flint
+
+EXACT_ACTIVATIONS = ("exp", "sigmoid", "tanh", "sin")
+Base = Fraction | int | tuple[Fraction | int, Fraction | int]
+
+
+class Jets2(NamedTuple):
+    """``loss``, ``gradient`` (p entries) and ``hessian`` (p rows) of ``0.5 ||f - y||^2``, and ``e = f - y``."""
+
+    loss: Any
+    gradient: list[Any]
+    hessian: list[list[Any]]
+    e: list[Any]
+
+
+def derivatives(jets: Sequence[Sequence[Jet]], v: Sequence[Any], X: Sequence[Sequence[Any]], y: Sequence[Any]) -> Jets2:
+    """Loss, gradient, Hessian at ``theta = (v_1..v_m, w_1..w_m)`` from the features' 2-jets, in any number type.
+
+    The slow, obvious twin of `companion.shallow.loss_derivatives`; with fractions it is exact, with balls an enclosure.
+
+    Args:
+        jets: ``jets[n][j] = (sigma, sigma', sigma'')`` at ``w_j . x_n``.
+        v: m output weights.
+        X: N inputs of D numbers.
+        y: N targets.
+
+    Returns:
+        The `Jets2`.
+    """
+    N, m, D = len(X), len(v), len(X[0])
+    e = [sum(jets[n][j][0] * v[j] for j in range(m)) - y[n] for n in range(N)]
+    rows = [
+        [jets[n][j][0] for j in range(m)] + [v[j] * jets[n][j][1] * X[n][d] for j in range(m) for d in range(D)]
+        for n in range(N)
+    ]
+    p = m * (1 + D)
+    gradient = [sum(rows[n][i] * e[n] for n in range(N)) for i in range(p)]
+    H = [[sum(rows[n][i] * rows[n][k] for n in range(N)) for k in range(i + 1)] for i in range(p)]
+    for j in range(m):
+        for d in range(D):
+            i = m + j * D + d
+            H[i][j] += sum(e[n] * jets[n][j][1] * X[n][d] for n in range(N))
+            for c in range(d + 1):
+                second = sum(e[n] * jets[n][j][2] * X[n][d] * X[n][c] for n in range(N))
+                H[i][m + j * D + c] += v[j] * second
+    hessian = [[H[max(i, k)][min(i, k)] for k in range(p)] for i in range(p)]
+    return Jets2(sum(t * t for t in e) / 2, gradient, hessian, e)
+
+
+def ldl_pivots(A: Sequence[Sequence[Any]]) -> list[Any]:
+    """The pivots of ``A = L D L^T`` up to and with the first that is not shown positive; A > 0 iff all p are positive.
+
+    Works on fractions (exact) and on balls (an enclosure of every pivot of every symmetric matrix in the balls).
+    """
+    A = [list(row) for row in A]
+    pivots = []
+    for k in range(len(A)):
+        pivots.append(A[k][k])
+        if not A[k][k] > 0:
+            break
+        for i in range(k + 1, len(A)):
+            factor = A[i][k] / A[k][k]
+            for j in range(k + 1, i + 1):
+                A[i][j] = A[j][i] = A[i][j] - factor * A[j][k]
+    return pivots
+
+
+def null_space(A: Sequence[Sequence[Fraction]]) -> list[list[Fraction]]:
+    """A basis of ``{z : A z = 0}`` over the rationals (Gauss-Jordan elimination)."""
+    rows = [list(map(Fraction, r)) for r in A]
+    n, lead, pivots = len(rows[0]), 0, []
+    for column in range(n):
+        found = next((r for r in range(lead, len(rows)) if rows[r][column] != 0), None)
+        if found is None:
+            continue
+        rows[lead], rows[found] = rows[found], rows[lead]
+        rows[lead] = [t / rows[lead][column] for t in rows[lead]]
+        for r in range(len(rows)):
+            if r != lead and rows[r][column] != 0:
+                factor = rows[r][column]
+                rows[r] = [t - factor * s for t, s in zip(rows[r], rows[lead], strict=True)]
+        pivots.append(column)
+        lead += 1
+    basis = []
+    for free in (c for c in range(n) if c not in pivots):
+        z = [Fraction(0)] * n
+        z[free] = Fraction(1)
+        for r, c in enumerate(pivots):
+            z[c] = -rows[r][free]
+        basis.append(z)
+    return basis
+
+
+# --- exact ------------------------------------------------------------------------------------------------------------
+
+
+def exact_jet(act: str, base: Base, k: int) -> Jet:
+    """``sigma, sigma', sigma''`` at ``z = k u`` as fractions; ``u = ln base``, for sin ``base = (cos u, sin u)``.
+
+    Args:
+        act: one of ``exp``, ``sigmoid``, ``tanh``, ``sin``.
+        base: see above.
+        k: an integer.
+
+    Returns:
+        Three fractions.
+
+    Raises:
+        ValueError: an activation without exact values, or a base that is not positive or not on the circle.
+    """
+    base = check_base(act, base)
+    if act == "sin":
+        c, s = _rotate(base, k)
+        return s, c, -s
+    if act == "exp":
+        t = base**k
+        return t, t, t
+    if act == "sigmoid":
+        s = base**k / (1 + base**k)
+        return s, s * (1 - s), s * (1 - s) * (1 - 2 * s)
+    t = (base ** (2 * k) - 1) / (base ** (2 * k) + 1)
+    return t, 1 - t * t, -2 * t * (1 - t * t)
+
+
+def check_base(act: str, base: Base) -> Any:
+    """The base as fractions, refused when it does not give rational features."""
+    if act not in EXACT_ACTIVATIONS:
+        raise ValueError(f"act is {act!r}; one of {', '.join(EXACT_ACTIVATIONS)} has exact values")
+    if act == "sin":
+        if not isinstance(base, tuple) or len(base) != 2 or Fraction(base[0]) ** 2 + Fraction(base[1]) ** 2 != 1:
+            raise ValueError(f"base is {base}; a rational point (cos u, sin u) on the circle is needed for sin")
+        return Fraction(base[0]), Fraction(base[1])
+    if isinstance(base, tuple) or not Fraction(base) > 0 or Fraction(base) == 1:
+        raise ValueError(f"base is {base}; a positive rational other than 1 is needed for {act}")
+    return Fraction(base)
+
+
+def _rotate(base: tuple[Fraction, Fraction], k: int) -> tuple[Fraction, Fraction]:
+    """``(cos k u, sin k u)`` by repeated squaring of ``cos u + i sin u``."""
+    c, s = base[0], base[1] if k >= 0 else -base[1]
+    power, out = abs(k), (Fraction(1), Fraction(0))
+    while power:
+        if power & 1:
+            out = out[0] * c - out[1] * s, out[0] * s + out[1] * c
+        c, s, power = c * c - s * s, 2 * c * s, power >> 1
+    return out
+
+
+@dataclass(frozen=True)
+class ExactPoint:
+    """A network whose every feature on integer inputs is rational: ``w_j = a_j u``, ``v_j`` rational.
+
+    Args:
+        act: one of ``exp``, ``sigmoid``, ``tanh``, ``sin``.
+        base: b with ``u = ln b``, or for sin the point ``(cos u, sin u)``.
+        multiples: m tuples ``a_j`` of D integers.
+        v: m rational output weights.
+    """
+
+    act: str
+    base: Base
+    multiples: tuple[tuple[int, ...], ...]
+    v: tuple[Fraction, ...]
+
+    def jets(self, X: Sequence[Sequence[int]]) -> list[list[Jet]]:
+        """``jets[n][j]``, the 2-jet of neuron j at input n."""
+        products = [[sum(a * x for a, x in zip(w, row, strict=True)) for w in self.multiples] for row in X]
+        return [[exact_jet(self.act, self.base, k) for k in row] for row in products]
+
+    def derivatives(self, X: Sequence[Sequence[int]], y: Sequence[Fraction]) -> Jets2:
+        """Loss, gradient and Hessian as fractions."""
+        return derivatives(self.jets(X), self.v, X, y)
+
+    def weights(self) -> list[Tensor]:
+        """The nearest floating-point weights ``[W, V]``, shapes (D, m) and (m, 1)."""
+        u = math.atan2(self.base[1], self.base[0]) if self.act == "sin" else math.log(self.base)
+        W = torch.tensor(self.multiples, dtype=torch.float64).T * u
+        return [W.contiguous(), torch.tensor([[float(t)] for t in self.v], dtype=torch.float64)]
+
+
+def integers(X: Any) -> tuple[tuple[int, ...], ...]:
+    """Inputs as tuples of integers, refused when they are not integers; very large ones make very long fractions.
+
+    Raises:
+        ValueError: an entry that is not an integer, or beyond 10^4 in size (its powers would fill the memory).
+    """
+    rows = X.tolist() if isinstance(X, Tensor) else [r if isinstance(r, list | tuple) else [r] for r in X]
+    out = []
+    for n, row in enumerate(rows):
+        for t in row:
+            if Fraction(t).denominator != 1:
+                raise ValueError(f"X holds {t} in row {n}; exact arithmetic needs integer inputs")
+            if abs(t) > 10_000:
+                raise ValueError(f"X holds {t} in row {n}; beyond 10000 exact powers get too long, rescale the inputs")
+        out.append(tuple(int(t) for t in row))
+    return tuple(out)
+
+
+def best_exact_neuron(
+    act: str, base: Base, X: Sequence[Sequence[int]], y: Sequence[Fraction], reach: int = 3
+) -> tuple[ExactPoint, Fraction]:
+    """The single neuron ``c sigma(a u . x)``, ``|a| <= reach``, with the smallest exact loss, c at its best."""
+    best, lowest = None, None
+    for a in itertools.product(range(-reach, reach + 1), repeat=len(X[0])):
+        h = [row[0][0] for row in ExactPoint(act, base, (a,), (Fraction(1),)).jets(X)]
+        square = sum(t * t for t in h)
+        if square == 0:
+            continue
+        c = sum(t * s for t, s in zip(h, y, strict=True)) / square
+        loss = sum((c * t - s) ** 2 for t, s in zip(h, y, strict=True)) / 2
+        if lowest is None or loss < lowest:
+            best, lowest = ExactPoint(act, base, (a,), (c,)), loss
+    if best is None:
+        raise ValueError(f"every feature of {act} with multiples up to {reach} vanishes on X; raise reach")
+    return best, lowest
+
+
+# --- intervals --------------------------------------------------------------------------------------------------------
+
+
+def ball_derivatives(W: Sequence[Sequence[Any]], v: Sequence[Any], X: Tensor, y: Tensor, act: str) -> Jets2:
+    """Loss, gradient, Hessian on balls: every true value for weights in the balls lies in the result.
+
+    Args:
+        W: m rows ``w_j`` of D balls (or floats, taken as exact).
+        v: m balls.
+        X: inputs (N, D), taken as the exact floats they are.
+        y: targets (N,).
+        act: one of `BALL_ACTIVATIONS`.
+
+    Returns:
+        The `Jets2`, entries of type ``flint.arb``.
+    """
+    arb, jet = flint().arb, ball_functions()[act]
+    X, y = [[arb(t) for t in row] for row in X.tolist()], [arb(t) for t in y.tolist()]
+    jets = [[jet(sum((w[d] * row[d] for d in range(len(row))), arb(0))) for w in W] for row in X]
+    return derivatives(jets, v, X, y)
+
+
+class Krawczyk(NamedTuple):
+    """What `krawczyk` found: ``radius`` of the box (None if not shown), smallest pivot, enclosure of the loss."""
+
+    radius: float | None
+    smallest_pivot: float
+    loss_low: float
+    loss_high: float
+
+
+def krawczyk(W: Tensor, v: Tensor, X: Tensor, y: Tensor, act: str) -> Krawczyk:
+    """Show that the box ``theta +- r`` holds exactly one critical point, and that it is a strict minimum.
+
+    ``K = theta - Y grad L(theta) + (I - Y Hess L(box)) (box - theta)`` inside the box gives existence and uniqueness
+    (Krawczyk); positive pivots of ``L D L^T`` of the Hessian on the whole box give strictness.
+
+    Args:
+        W: (D, m).
+        v: (m,).
+        X: (N, D).
+        y: (N,).
+        act: one of `BALL_ACTIVATIONS`.
+
+    Returns:
+        The `Krawczyk` record; ``radius`` None means that it was not shown.
+    """
+    lib = flint()
+    arb, m, D = lib.arb, W.shape[1], W.shape[0]
+    theta = [*v.tolist(), *W.T.reshape(-1).tolist()]
+
+    def at(balls: list[Any]) -> Jets2:
+        return ball_derivatives([balls[m + j * D : m + (j + 1) * D] for j in range(m)], balls[:m], X, y, act)
+
+    here = at([arb(t) for t in theta])
+    H = torch.tensor([[float(t.mid()) for t in row] for row in here.hessian], dtype=torch.float64)
+    low, high = ends(here.loss)
+    if int(torch.linalg.matrix_rank(H)) < len(H):
+        return Krawczyk(None, 0.0, low, high)
+    R = [[arb(t) for t in row] for row in torch.linalg.inv(H).tolist()]  # any matrix will do: nothing trusts it
+    p = range(len(theta))
+    newton = [sum((R[i][k] * here.gradient[k] for k in p), arb(0)) for i in p]
+    least = max(float(abs(t).upper()) for t in newton)
+    smallest = 0.0
+    for factor in (2.0, 10.0, 100.0, 1e4):
+        r = max(factor * least, 1e-15)
+        box = at([arb(t, r) for t in theta])
+        pivots = ldl_pivots(box.hessian)
+        smallest = min(float(t.lower()) for t in pivots)
+        inside = True
+        for i in p:
+            spread = sum(
+                (abs((1 if i == k else 0) - sum((R[i][l] * box.hessian[l][k] for l in p), arb(0))) for k in p), arb(0)
+            )
+            inside &= bool(abs(newton[i]) + spread * r < r)
+        if inside and smallest > 0 and len(pivots) == len(theta):
+            return Krawczyk(r, smallest, *ends(box.loss))
+    return Krawczyk(None, smallest, low, high)

@@ -1,0 +1,307 @@
+"""What theory says about phase 2 before it is run: rates, exact curves, floors, and gaps that a gradient proves.
+
+The letters are those of `last_layer`: ``L(V) = (1/N) sum_i l_i(M_i V)`` with ``M = [h, 1]``, ``sigma_1 >= ... >=
+sigma_N`` its singular values and U its left singular vectors. Everything here is derived in lesson 3 and evaluated in
+plain floating point.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from companion.beyond_ntk import last_layer
+
+
+def _times(t: Tensor | Sequence[int] | int) -> Tensor:
+    t = torch.atleast_1d(torch.as_tensor(t))
+    if t.numel() == 0 or bool((t < 0).any()):
+        raise ValueError(f"t is {t.tolist()}; numbers of steps >= 0 are needed")
+    return t.double()
+
+
+def exact_curve(
+    M: Float[Tensor, "N p"],
+    V0: Float[Tensor, "p K"],
+    Y: Float[Tensor, "N K"],
+    t: Tensor | Sequence[int] | int,
+    *,
+    step: float | None = None,
+) -> Float[Tensor, " T"]:
+    """Compute ``L(V_t) = (1/2N) sum_k (1 - eta sigma_k^2 / N)^{2t} |C_k|^2`` of gradient descent, squared loss.
+
+    ``C = U^T (Y - M V_0)`` with the full N x N factor U, and ``sigma_k = 0`` beyond the rank (lesson 3, linear rate).
+
+    Args:
+        M: features ``(N, m+1)``, of any rank.
+        V0: the start ``(m+1, K)``.
+        Y: targets ``(N, K)``.
+        t: numbers of steps.
+        step: ``eta``; None for ``N / sigma_1^2``.
+
+    Returns:
+        The loss at each t.
+    """
+    last_layer.check_problem(M, V0, Y, "squared")
+    U, s, _ = torch.linalg.svd(M, full_matrices=True) if len(M) > M.shape[1] else torch.linalg.svd(M, False)
+    N = len(M)
+    s = torch.cat([s, s.new_zeros(N - len(s))])
+    eta = N / float(s[0]) ** 2 if step is None else step
+    C = (U.T @ (Y - M @ V0)).square().sum(1)
+    factors = (1 - eta * s.square() / N).abs()
+    powers = torch.where(factors > 0, factors, 1e-300) ** (2 * _times(t).to(M.device)[:, None])
+    return (powers * C).sum(1) / (2 * N)
+
+
+def linear_rate(sigma_N: float, N: int, step: float, mu: float = 1.0) -> float:
+    """Compute the factor ``1 - eta mu sigma_N^2 / N`` of ``L(V_t) - L* <= factor^t (L(V_0) - L*)``.
+
+    Args:
+        sigma_N: the N-th singular value of the features, of which rank N is needed.
+        N: number of samples.
+        step: ``eta <= 1 / L_H``.
+        mu: every ``l_i`` is mu-strongly convex; 1 for the squared loss, and no such mu exists for cross-entropy.
+
+    Returns:
+        The factor, 1 if it says nothing.
+    """
+    if not (sigma_N >= 0 and N >= 1 and step > 0 and mu >= 0):
+        raise ValueError(f"sigma_N, N, step, mu are {sigma_N}, {N}, {step}, {mu}; numbers >= 0 and a step > 0 needed")
+    return 1 - step * mu * sigma_N**2 / N
+
+
+def comparator_bound(
+    M: Float[Tensor, "N p"],
+    V0: Float[Tensor, "p K"],
+    Y: Tensor,
+    t: Tensor | Sequence[int] | int,
+    *,
+    loss: str = "squared",
+    step: float,
+    method: str = "gd",
+    comparators: Sequence[Tensor] = (),
+) -> Float[Tensor, " T"]:
+    """Compute ``min_V L(V) + |V_0 - V|^2 / (2 eta t)`` (gd) or ``... + 2 |V_0 - V|^2 / (eta (t+1)^2)`` (nesterov).
+
+    Any comparator V gives a bound on ``L(V_t)``; tried are ``V_0 + sum_{j <= k} v_j u_j^T (c Y - M V_0) / sigma_j`` for
+    every k, and for cross-entropy (Y one-hot) about 25 values of k and a grid of margins c.
+
+    Args:
+        M: features ``(N, m+1)`` in the coordinates in which the steps are taken.
+        V0: the start ``(m+1, K)`` in these coordinates.
+        Y: targets ``(N, K)``, or labels ``(N,)``.
+        t: numbers of steps; at 0 the bound is the loss itself.
+        loss: ``"squared"`` or ``"cross_entropy"``.
+        step: ``eta <= 1 / L_H``.
+        method: ``"gd"`` or ``"nesterov"``.
+        comparators: further V to try, each ``(m+1, K)`` in the same coordinates.
+
+    Returns:
+        The bound at each t.
+
+    Raises:
+        ValueError: an unknown method, or data that do not fit.
+    """
+    last_layer.check_problem(M, V0, Y, loss)
+    if method not in ("gd", "nesterov"):
+        raise ValueError(f"method is {method!r}; 'gd' or 'nesterov' is needed")
+    t = _times(t).to(M.device)
+    losses, squares = _comparators(M, V0, Y, loss)
+    for V in comparators:
+        losses = torch.cat([losses, last_layer.average_loss(M, V, Y, loss)[None]])
+        squares = torch.cat([squares, (V - V0).square().sum()[None]])
+    weight = 1 / (2 * step * t) if method == "gd" else 2 / (step * (t + 1) ** 2)
+    start = last_layer.average_loss(M, V0, Y, loss)
+    bound = (losses + weight[:, None] * squares).amin(1)
+    bound = torch.where(torch.isfinite(bound), bound, start)
+    return torch.minimum(bound, start) if method == "gd" else torch.where(t == 0, start, bound)
+
+
+def _comparators(M: Tensor, V0: Tensor, Y: Tensor, loss: str) -> tuple[Tensor, Tensor]:
+    """``L(V)`` and ``|V_0 - V|^2`` of all comparators; the first one is V_0 itself."""
+    N = len(M)
+    U, s, _ = torch.linalg.svd(M, full_matrices=False)
+    keep = s > s[0] * torch.finfo(M.dtype).eps * max(M.shape)
+    U, s = U[:, keep], s[keep]
+    Q0 = M @ V0
+    if loss == "squared":
+        C = U.T @ (Y - Q0)
+        c2 = C.square().sum(1)
+        total = (Y - Q0).square().sum()
+        outside = (total - c2.sum()).clamp_min(0)
+        # summed from the small end, so that nothing cancels
+        tail = torch.cat([c2.flip(0).cumsum(0).flip(0), c2.new_zeros(1)]) + outside
+        squares = torch.cat([c2.new_zeros(1), (c2 / s.square()).cumsum(0)])
+        return tail / (2 * N), squares
+    code = torch.nn.functional.one_hot(Y, V0.shape[1]).to(M)
+    a, b = U.T @ code, U.T @ Q0
+    r = len(s)
+    ks = sorted({round(r ** (i / 24)) for i in range(25)} | {r})
+    losses, squares = [last_layer.pointwise(Q0, Y, loss).mean()], [Q0.new_zeros(())]
+    for k in ks:
+        for c in (1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0):
+            D = c * a[:k] - b[:k]
+            losses.append(last_layer.pointwise(Q0 + U[:, :k] @ D, Y, loss).mean())
+            squares.append((D.square().sum(1) / s[:k].square()).sum())
+    return torch.stack(losses), torch.stack(squares)
+
+
+def cross_entropy_bound(
+    sigma_N: float, N: int, K: int, t: Tensor | Sequence[int] | int, *, step: float, V0_norm: float = 0.0
+) -> Float[Tensor, " T"]:
+    """Compute ``(K-1)/t + (|V_0| + sqrt(N) log t / sigma_N)^2 / (2 eta t)``: GD, hard labels, rank N.
+
+    The comparator is ``V_0 + M^+ (log(t) Y - M V_0)``, whose loss is at most ``(K-1)/t``.
+
+    Args:
+        sigma_N: the N-th singular value of the features.
+        N: number of samples.
+        K: number of classes.
+        t: numbers of steps >= 1.
+        step: ``eta <= 1 / L_H``.
+        V0_norm: ``|V_0|_F``.
+
+    Returns:
+        The bound at each t; infinite where `sigma_N` is 0.
+    """
+    t = _times(t)
+    if bool((t < 1).any()) or not step > 0 or K < 2 or N < 1:
+        raise ValueError(f"t, step, K, N are {t.tolist()}, {step}, {K}, {N}; t >= 1, step > 0, K >= 2, N >= 1 needed")
+    radius = V0_norm + (math.sqrt(N) * t.log() / sigma_N if sigma_N > 0 else math.inf)
+    return (K - 1) / t + radius**2 / (2 * step * t)
+
+
+def kaczmarz_bound(
+    M: Float[Tensor, "N p"], V0: Float[Tensor, "p K"], Y: Float[Tensor, "N K"], t: Tensor | Sequence[int] | int
+) -> tuple[Float[Tensor, "p K"], Float[Tensor, " T"]]:
+    """Compute ``(1 - sigma_+^2 / (N B^2))^t |V_0 - V*|^2``, a bound on ``E |V_t - V*|^2`` for a consistent system.
+
+    ``B = max |M_i|``, the step is ``1 / B^2``, ``V*`` is the solution of ``M V = Y`` nearest to V_0 and ``sigma_+`` the
+    least nonzero singular value.
+
+    Args:
+        M: features ``(N, m+1)``.
+        V0: the start ``(m+1, K)``.
+        Y: targets ``(N, K)`` in the range of M.
+        t: numbers of steps.
+
+    Returns:
+        ``V*`` and the bound at each t.
+
+    Raises:
+        ValueError: ``M V = Y`` has no solution, to rounding.
+    """
+    last_layer.check_problem(M, V0, Y, "squared")
+    U, s, Wt = torch.linalg.svd(M, full_matrices=False)
+    keep = s > s[0] * torch.finfo(M.dtype).eps * max(M.shape)
+    U, s, Wt = U[:, keep], s[keep], Wt[keep]
+    V = V0 + Wt.T @ ((U.T @ (Y - M @ V0)) / s[:, None])
+    miss = float(torch.linalg.vector_norm(M @ V - Y))
+    if miss > 1e-6 * float(torch.linalg.vector_norm(Y)):
+        raise ValueError(f"Y is off the range of M by {miss:.2g}; a consistent system M V = Y is needed")
+    factor = 1 - float(s[-1]) ** 2 / (len(M) * float(M.square().sum(1).max()))
+    return V, factor ** _times(t) * float((V0 - V).square().sum())
+
+
+def sgd_bound(
+    M: Float[Tensor, "N p"],
+    V0: Float[Tensor, "p K"],
+    labels: Int[Tensor, " N"],
+    t: Tensor | Sequence[int] | int,
+    *,
+    step: float,
+) -> Float[Tensor, " T"]:
+    """Compute ``min_V L(V) + |V_0 - V|^2 / (2 eta T) + eta B^2``, a bound on ``E L`` at the mean of T SGD iterates.
+
+    Cross-entropy, uniform single samples, ``B = max |M_i|``: gradients have norm at most ``sqrt(2) B``.
+
+    Args:
+        M: features ``(N, m+1)``.
+        V0: the start ``(m+1, K)``.
+        labels: classes ``(N,)``.
+        t: numbers of steps T >= 1.
+        step: ``eta``, any.
+
+    Returns:
+        The bound at each T.
+    """
+    last_layer.check_problem(M, V0, labels, "cross_entropy")
+    losses, squares = _comparators(M, V0, labels, "cross_entropy")
+    best = (losses + squares / (2 * step * _times(t)[:, None])).amin(1)
+    return best + step * float(M.square().sum(1).max())
+
+
+class RidgeGap(NamedTuple):
+    """Two forms of the same bound on ``P(V) - min P``, ``P = L + (lambda/2) |V|^2``.
+
+    Args:
+        gradient: ``|grad P|^2 / (2 lambda)``, by strong convexity.
+        fenchel: ``P(V) - D(softmax(M V))`` with Fenchel's dual D.
+    """
+
+    gradient: float
+    fenchel: float
+
+
+def ridge_gap(M: Float[Tensor, "N p"], V: Float[Tensor, "p K"], labels: Int[Tensor, " N"], ridge: float) -> RidgeGap:
+    """Bound ``P(V) - min P`` for cross-entropy with a ridge: ``|grad P(V)|^2 / (2 lambda)``, no rank needed.
+
+    It equals the Fenchel gap at ``p = softmax(M V)`` with ``D(p) = mean H(p_i) - |M^T (p - e_y) / N|^2 / (2 lambda)``,
+    because ``lse(q) = p.q + H(p)`` there.
+
+    Args:
+        M: features ``(N, m+1)``.
+        V: last layer ``(m+1, K)``.
+        labels: classes ``(N,)``.
+        ridge: ``lambda > 0``.
+
+    Returns:
+        The two forms; the first is the accurate one.
+
+    Raises:
+        ValueError: a ridge that is not positive, or data that do not fit.
+    """
+    last_layer.check_problem(M, V, labels, "cross_entropy")
+    if not (math.isfinite(ridge) and ridge > 0):
+        raise ValueError(f"ridge is {ridge}; a positive finite number is needed")
+    q = M @ V
+    G = M.T @ last_layer.slope(q, labels, "cross_entropy") / len(M)
+    p = torch.softmax(q, 1)
+    primal = last_layer.pointwise(q, labels, "cross_entropy").mean() + 0.5 * ridge * V.square().sum()
+    dual = torch.special.entr(p).sum(1).mean() - G.square().sum() / (2 * ridge)
+    return RidgeGap(float((G + ridge * V).square().sum() / (2 * ridge)), float(primal - dual))
+
+
+def duplicate_floor(groups: Int[Tensor, " N"], Y: Tensor, loss: str = "squared") -> float:
+    """Compute ``inf L = (1/N) sum_groups inf_q sum_{i in group} l_i(q)``: equal inputs get equal outputs.
+
+    The least loss of any network whose inputs are equal within groups, attained if the rows over distinct inputs are
+    independent (squared), or approached (cross-entropy: the entropy of the labels within the groups).
+
+    Args:
+        groups: the group of each sample ``(N,)``, e.g. from ``expressivity.equal_inputs``.
+        Y: targets ``(N, K)``, or labels ``(N,)``.
+        loss: ``"squared"`` or ``"cross_entropy"``.
+
+    Returns:
+        The floor; 0 without duplicates.
+
+    Raises:
+        ValueError: an unknown loss, or lengths that differ.
+    """
+    if loss not in last_layer.LAMBDA:
+        raise ValueError(f"loss is {loss!r}; 'squared' or 'cross_entropy' is needed")
+    if len(groups) != len(Y):
+        raise ValueError(f"groups has {len(groups)} entries and Y has {len(Y)} rows; they must be equal")
+    code = Y.double() if loss == "squared" else torch.nn.functional.one_hot(Y).double()
+    _, where, counts = torch.unique(groups, return_inverse=True, return_counts=True)
+    sums = code.new_zeros(len(counts), code.shape[1]).index_add_(0, where, code)
+    means = sums / counts[:, None]
+    if loss == "squared":
+        return float(0.5 * (code - means[where]).square().sum() / len(Y))
+    return float((counts * torch.special.entr(means).sum(1)).sum() / len(Y))

@@ -1,0 +1,333 @@
+"""Can this network fit these data? A proof by a sort, for a network of the user.
+
+The network ends in ``h = sigma(A xi + a)`` of width m, then ``q = V^T [h, 1]``; the ``xi_i`` are the lower layers'
+outputs on N samples, and ``M = [h, 1]`` is (N, m + 1). If the ``xi_i`` are pairwise distinct, sigma is analytic and not
+a polynomial, and ``m >= N - 1``, then ``rank M = N`` for almost every ``(A, a)`` (lesson 3). `certify_expressivity`
+shows it for the network with the stored parameters and exact real arithmetic, in evaluation mode, through
+`companion.enclosures`; no N x N matrix is formed. A certificate that does not hold says *not shown*, with the reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, fx, nn
+
+from companion import rigor
+from companion.certificate import Assumption, Certificate, assumed, compare
+from companion.networks.layers import Sine, Softplus
+from companion.rigor import modules
+from companion.rigor.linear_algebra import UNIT
+from companion.rigor.modules import BATCH, Network, NoEnclosure
+
+ANALYTIC: tuple[Any, ...] = (
+    Softplus, Sine, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU,
+    torch.tanh, torch.sigmoid, torch.erf, torch.sin, F.tanh, F.sigmoid, F.gelu, F.silu,
+    "tanh", "sigmoid", "erf", "sin",
+)  # fmt: skip
+LIBRARY = "exp, log1p and tanh of the library within 8 u"
+_NAMED = 1000  # pairs that are named at most
+_PAIRS = 2**18  # pairs compared at once
+
+
+# --- Distinct points ------------------------------------------------------------------------------------------------
+
+
+class Separation(NamedTuple):
+    """Which points were shown to be distinct.
+
+    Args:
+        projection: ``z_i = w . xi_i``, computed, ``(N,)``.
+        error: ``e_i``, what rounding and the radius may have moved it by, ``(N,)``.
+        inspected: pairs whose intervals ``z_i ± e_i`` overlap, so that their coordinates were compared.
+        unresolved: number of pairs not shown to be distinct.
+        pairs: the first of these pairs, ``i < j``.
+    """
+
+    projection: Float[Tensor, " N"]
+    error: Float[Tensor, " N"]
+    inspected: int
+    unresolved: int
+    pairs: list[tuple[int, int]]
+
+
+def separation(
+    xi: Float[Tensor, "N p"], D: Float[Tensor, "N p"] | None = None, *, seed: int = 0, limit: int = 10**8
+) -> Separation:
+    """Show that points known only within ``|x_i - xi_i| <= D_i`` are pairwise distinct, with a sort.
+
+    One random vector w gives intervals ``z_i ± e_i`` that hold ``w . x_i``, ends rounded outward. Sorted by lower end,
+    two points whose intervals do not meet are distinct. It is not enough to compare neighbours: a wide interval may
+    reach over many narrow ones. For each point all intervals that begin below its upper end are looked at, and each of
+    these pairs needs a coordinate with ``|xi_ik - xi_jk| > D_ik + D_jk``.
+
+    Args:
+        xi: the middles, float64 ``(N, p)``.
+        D: the radii ``(N, p)``; None for points that are known exactly.
+        seed: of the random vector; any value gives a proof.
+        limit: pairs inspected at most; the rest counts as unresolved.
+
+    Returns:
+        The projections, the number of pairs inspected, and the pairs that were not resolved.
+
+    Raises:
+        TypeError, ValueError: not float64, not finite, empty, a negative radius, or shapes that differ.
+
+    Source: derived in lesson 3.
+    """
+    D = torch.zeros_like(xi) if D is None else D
+    rigor.check_ball(xi, D, 2)
+    w = torch.randn(1, xi.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    z, e = (column[:, 0] for column in rigor.dense_ball(xi, D, w))
+    if not bool(torch.isfinite(z).all() and torch.isfinite(e).all()):
+        raise ValueError("xi overflows in a projection; smaller numbers are needed")
+    lower = np.nextafter((z - e).numpy(), -math.inf)
+    upper = np.nextafter((z + e).numpy(), math.inf)
+    order = np.argsort(lower, kind="stable")
+    # partners of the i-th point in the order: those after it that begin at or below its upper end
+    ends = np.searchsorted(lower[order], upper[order], side="right")
+    many = np.maximum(ends - np.arange(len(order)) - 1, 0)
+    total = int(many.sum())
+    unresolved, inspected, pairs = 0, 0, []
+    for i, j in _pairs(many, min(total, limit)):
+        inspected += len(i)
+        i, j = torch.from_numpy(order[i]), torch.from_numpy(order[j])
+        apart = ((xi[i] - xi[j]).abs_().mul_(1 - 4 * UNIT) > D[i] + D[j]).any(dim=1)
+        unresolved += int((~apart).sum())
+        if len(pairs) < _NAMED:
+            left = zip(i[~apart].tolist(), j[~apart].tolist(), strict=True)
+            pairs += [(min(a, b), max(a, b)) for a, b in left]
+    return Separation(z, e, inspected, unresolved + total - inspected, sorted(pairs[:_NAMED]))
+
+
+def _pairs(many: np.ndarray, total: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Blocks of positions ``(i, i + 1), ..., (i, i + many_i)`` for all i, `total` pairs at most."""
+    ends = np.cumsum(many)
+    for start in range(0, total, _PAIRS):
+        k = np.arange(start, min(start + _PAIRS, total))
+        i = np.searchsorted(ends, k, side="right")
+        yield i, i + 1 + k - (ends[i] - many[i])
+
+
+def equal_inputs(X: Float[Tensor, "N ..."]) -> Int[Tensor, " N"]:
+    """Number the distinct samples: ``group_i = group_j`` exactly if ``x_i = x_j`` (0 and -0 are equal).
+
+    Args:
+        X: samples ``(N, ...)``, finite.
+
+    Returns:
+        The group of each sample, 0 to (number of distinct samples - 1).
+    """
+    rows = X.detach().cpu().reshape(len(X), -1) + 0.0
+    return torch.unique(rows, dim=0, return_inverse=True)[1]
+
+
+def _equal_pairs(groups: Tensor) -> list[tuple[int, int]]:
+    """The first sample of each group with every later one."""
+    first: dict[int, int] = {}
+    found = []
+    for i, group in enumerate(groups.tolist()):
+        if group in first:
+            found.append((first[group], i))
+        else:
+            first[group] = i
+    return found
+
+
+def _some(pairs: list[tuple[int, int]], total: int | None = None, most: int = 5) -> str:
+    total = len(pairs) if total is None else total
+    return ", ".join(str(p) for p in pairs[:most]) + (f" and {total - most} more" if total > most else "")
+
+
+# --- The end of a network -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Head:
+    """The last layers of a network that was read.
+
+    Args:
+        network: the network.
+        last: the last layer, in the copy.
+        wide: the dense layer before the activation, in the copy, or None.
+        activation: what stands between them, by name.
+        analytic: whether it is listed as analytic and not a polynomial.
+        problem: why the theorems' architecture was not recognized, or "".
+    """
+
+    network: Network
+    last: nn.Linear
+    wide: nn.Linear | None
+    activation: str
+    analytic: bool
+    problem: str
+
+
+def head(model: nn.Module | Network, last: nn.Module | None = None) -> Head:
+    """Find ``h = sigma(A xi + a)``, ``q = V^T [h, 1]`` at the end of a network.
+
+    Args:
+        model: any module with one input.
+        last: its last layer; None for the last ``nn.Linear`` that it calls.
+
+    Returns:
+        What was found; `problem` says what is missing.
+
+    Raises:
+        TypeError: `last` is not an ``nn.Linear``, or `model` not a module.
+        ValueError: `last` is not a part of the model, or no ``nn.Linear`` is called.
+        NoEnclosure: the model cannot be read.
+    """
+    if last is not None and not isinstance(last, nn.Linear):
+        raise TypeError(f"last is a {type(last).__name__}; a torch.nn.Linear is needed")
+    network = modules.read(model)
+    dense = [node for node in network.nodes if type(network.layer(node)) is nn.Linear]
+    calls = dense[-1:] if last is None else network.calls(last)
+    if not calls:
+        raise ValueError("model calls no torch.nn.Linear as its last layer; one is needed")
+    node = calls[-1]
+    layer, problem = network.layer(node), ""
+    if type(layer) is not nn.Linear or network.nodes[-1].args != (node,):
+        problem = "architecture: the last layer must be a plain nn.Linear whose result is the model's output"
+    elif _shared(network, layer):
+        problem = "architecture: the last layer is used twice or shares its parameters"
+    middle = node.args[0] if node.args else None
+    if not isinstance(middle, fx.Node):
+        return Head(network, layer, None, "nothing", False, problem)
+    below = middle.args[0] if len(middle.all_input_nodes) == 1 and middle.args else None
+    wide = network.layer(below) if isinstance(below, fx.Node) else None
+    kind = middle.target if network.layer(middle) is None else type(network.layer(middle))
+    analytic = any(kind is a or kind == a for a in ANALYTIC)
+    return Head(network, layer, wide if type(wide) is nn.Linear else None, network.describe(middle), analytic, problem)
+
+
+def _shared(network: Network, layer: nn.Module) -> bool:
+    """Whether a layer is called twice or another module holds its parameters."""
+    owners = Counter(id(p) for _, p in network.module.named_parameters(remove_duplicate=False))
+    return len(network.calls(layer)) != 1 or any(owners[id(p)] > 1 for p in layer.parameters())
+
+
+def library_row(network: Network, nodes: set[fx.Node] | None = None) -> list[Assumption]:
+    """The line about the library's functions, if one of them is used (at one of `nodes`)."""
+    used = False
+    for node in network.nodes if nodes is None else nodes:
+        layer = network.layer(node)
+        used |= isinstance(layer, modules.ASSUMES_LIBRARY) or node.target in (torch.tanh, F.tanh, "tanh")
+    return [assumed(LIBRARY)] if used else []
+
+
+def silent(theorem: str, rows: list[Assumption], reason: str) -> Certificate:
+    """The certificate of a theorem that is not shown, with its reason."""
+    return Certificate(theorem, False, tuple(rows), {}, reason)
+
+
+# --- E: expressivity ------------------------------------------------------------------------------------------------
+
+EXPRESSIVITY = "Expressivity: rank M = N for almost every wide layer"
+
+
+def certify_expressivity(
+    model: nn.Module,
+    X: Float[Tensor, "N ..."],
+    *,
+    last: nn.Module | None = None,
+    seed: int = 0,
+    batch: int = BATCH,
+) -> Certificate:
+    """Show that ``rank M = N`` for almost every ``(A, a)``, over the present lower layers: sufficient and cheap.
+
+    Theorem (lesson 3): let sigma be real-analytic, not a polynomial, and ``m >= N - 1`` (``m >= N`` if the last layer
+    has no bias). If the lower layers' outputs ``xi_i`` are pairwise distinct, almost every ``(A, a)`` gives
+    ``rank M = N``. It says nothing about the rank at the present ``(A, a)``, nor about the size of ``sigma_N``.
+
+    The ``xi_i`` are enclosed in float64 and told apart by `separation`, at the cost of forward passes and a sort.
+
+    Args:
+        model: any module with one input that ends in dense layer, activation, dense layer.
+        X: inputs ``(N, ...)``, float32 or float64, taken as exact.
+        last: the last layer; None for the last ``nn.Linear`` that the model calls.
+        seed: of the random projection; any value gives a proof.
+        batch: rows evaluated at once.
+
+    Returns:
+        A certificate. Its reason, when it does not hold, begins with one of ``no_enclosure``, ``architecture``,
+        ``bias``, ``activation``, ``width``, ``equal_inputs``, ``not_separated``. Quantities: ``rank``,
+        ``width_needed``, ``pairs_inspected``, ``largest_radius``, ``least_gap`` (of the sorted projections).
+
+    Raises:
+        TypeError: model not a module, `last` not an ``nn.Linear``, or X not floating point.
+        ValueError: X empty, NaN or infinite, or `last` not a part of the model.
+
+    Source: derived in lesson 3, after the expressivity condition of Kawaguchi and Sun (2021).
+    """
+    X = modules.inputs(X)
+    try:
+        end = head(model, last)
+    except NoEnclosure as error:
+        return silent(EXPRESSIVITY, [], f"no_enclosure: {error}")
+    if end.problem:
+        return silent(EXPRESSIVITY, [], end.problem)
+    rows, reason = _expressive_rows(end, X)
+    if reason:
+        return silent(EXPRESSIVITY, rows, reason)
+    try:
+        xi, D = modules.enclose(end.network, X, before=end.wide, batch=batch)
+        if xi.ndim != 2:
+            raise NoEnclosure(f"the wide layer's input has shape {tuple(xi.shape[1:])} a sample, not a vector")
+        found = separation(xi, D, seed=seed)
+    except NoEnclosure as error:
+        return silent(EXPRESSIVITY, rows, f"no_enclosure: {error}")
+    radius = float(D.max())
+    status = "certified" if radius else "exact"
+    rows.append(compare("pairs ξ_i, ξ_j not shown distinct", found.unresolved, "=", 0, status))
+    (wide,) = end.network.calls(end.wide)
+    rows += library_row(end.network, modules.ancestors(wide.args[0]))
+    if found.unresolved:
+        pairs = _some(found.pairs, found.unresolved)
+        reason = f"not_separated: the lower features of samples {pairs}, known up to {radius:.1e}"
+        return silent(EXPRESSIVITY, rows, reason)
+    sorted_z = found.projection.sort().values
+    quantities = {
+        "rank": len(X),
+        "width_needed": rows[1].required,
+        "pairs_inspected": found.inspected,
+        "largest_radius": radius,
+        "least_gap": float(sorted_z.diff().min()) if len(X) > 1 else math.inf,
+    }
+    return Certificate(EXPRESSIVITY, True, tuple(rows), quantities)
+
+
+def _expressive_rows(end: Head, X: Tensor) -> tuple[list[Assumption], str]:
+    """What can be said without evaluating the network: data, width, bias, activation; and the first failure."""
+    groups = equal_inputs(X)
+    N, distinct = len(X), int(groups.max()) + 1
+    m, needed = end.last.in_features, N - 1 if end.last.bias is not None else N
+    rows = [
+        compare("equal inputs", N - distinct, "=", 0, "exact"),
+        compare("width m", m, ">=", needed, "exact"),
+        compare("σ analytic, not a polynomial", end.analytic, "is", True, "exact"),
+    ]
+    if end.wide is None:
+        return rows, f"architecture: {end.activation} before the last layer, not an activation after a dense layer"
+    rows.append(compare("the wide layer has a bias", end.wide.bias is not None, "is", True, "exact"))
+    if _shared(end.network, end.wide):
+        return rows, "architecture: the wide layer is used twice or shares its parameters"
+    if not rows[2].holds:
+        why = "clipped, not analytic; use companion.networks.Softplus" if "Softplus" in end.activation else "not listed"
+        return rows, f"activation: {end.activation} is {why}"
+    if not rows[3].holds:
+        return rows, "bias: the wide layer has none, and odd activations then lose rank"
+    if not rows[1].holds:
+        return rows, f"width: m = {m}; at least {needed} is needed for N = {N}"
+    if not rows[0].holds:
+        pairs = _some(_equal_pairs(groups))
+        return rows, f"equal_inputs: samples {pairs} are equal, and so are their features at every width"
+    return rows, ""

@@ -1,0 +1,602 @@
+"""The two-phase recipe for any torch module that ends in a linear layer.
+
+Phase 1: any optimizer, all parameters, tau epochs. Then a little noise on the hidden parameters. Phase 2: only the last
+layer, on frozen features, a convex problem (see `last_layer`). The guarantee is for this modified algorithm, never for
+the unmodified one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from companion import runs
+from companion.beyond_ntk import last_layer
+from companion.beyond_ntk.last_layer import Phase2
+
+_CHECKPOINT_SECONDS = 30.0
+
+METHODS: dict[str, Callable[..., Phase2]] = {
+    "gd": last_layer.phase2_gd,
+    "nesterov": last_layer.phase2_nesterov,
+    "least_squares": last_layer.phase2_least_squares,
+    "lbfgs": last_layer.phase2_lbfgs,
+    "momentum_sgd": last_layer.phase2_momentum_sgd,
+}
+Make = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+Observables = Mapping[str, Callable[[nn.Module], Any]]
+
+
+@dataclass(frozen=True)
+class TwoPhaseRun:
+    """A finished run of the recipe.
+
+    Args:
+        tau: the number of epochs of phase 1.
+        phase1: the mean mini-batch loss of every epoch, ``(tau,)``, in train mode.
+        observed: the observables after epochs 0, ..., tau, each ``(tau + 1, ...)``.
+        snapshots: the model's state after the epochs asked for, on the CPU.
+        before: the loss at ``theta^tau``, in eval mode.
+        noisy: the loss after the noise.
+        M: the frozen features ``[h, 1]`` after the noise, ``(N, m+1)``; without the 1 if the last layer has no bias.
+        phase2: the run of phase 2; None if there was none.
+    """
+
+    tau: int
+    phase1: Tensor
+    observed: dict[str, Tensor]
+    snapshots: dict[int, dict[str, Tensor]]
+    before: float
+    noisy: float
+    M: Tensor
+    phase2: Phase2 | None = None
+
+    @property
+    def loss(self) -> float:
+        """The last loss in eval mode: an upper bound on the distance to the global minimum, whatever the rank."""
+        return self.noisy if self.phase2 is None else float(self.phase2.losses[-1])
+
+
+# --- features and parameters
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients; afterwards every part is in the mode it was in."""
+    modes = {part: part.training for part in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
+def last_layer_features(
+    model: nn.Module, last: nn.Linear, X: Float[Tensor, "N ..."], batch: int = 256
+) -> Float[Tensor, "N m"]:
+    """Compute ``h_i``, the inputs of the last layer, in eval mode: no dropout, BatchNorm with its buffers.
+
+    Args:
+        model: any module; its modes are restored, nothing in it changes.
+        last: its final linear layer; what it returns is the model's output.
+        X: inputs, one sample a row.
+        batch: rows at once.
+
+    Returns:
+        The features ``(N, m)``.
+
+    Raises:
+        ValueError: `last` is no part of `model`, is not run exactly once, or is not final; empty data, NaN or infinity.
+        TypeError: `last` is no linear layer, or X has no floating-point dtype.
+    """
+    check_model(model, last)
+    check_inputs(X)
+    return _features(model, last, X, batch, constant=False)
+
+
+def _features(model: nn.Module, last: nn.Linear, X: Tensor, batch: int, constant: bool) -> Tensor:
+    """The features, written into one array that may have the constant column already: no second copy is made."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    handle = last.register_forward_hook(lambda _, given, out: seen.append((given[0], out)))
+    m = last.in_features
+    M = None
+    try:
+        with _evaluating(model):
+            for i, rows in enumerate(X.split(batch)):
+                seen.clear()
+                out = model(rows)
+                if len(seen) != 1:
+                    raise ValueError(f"last ran {len(seen)} times in one pass; exactly once is needed")
+                h, own = seen[0]
+                if not torch.equal(own, out):
+                    raise ValueError("last is not the model's output; a final linear layer is needed")
+                if M is None:
+                    M = h.new_empty(len(X), m + constant)
+                M[i * batch : i * batch + len(rows), :m] = h.reshape(len(rows), m)
+    finally:
+        handle.remove()
+    if constant:
+        M[:, m] = 1
+    if not bool(torch.isfinite(M).all()):
+        raise ValueError("the features hold NaN or infinity; a smaller learning rate in phase 1 may help")
+    return M
+
+
+def check_model(model: nn.Module, last: nn.Linear) -> None:
+    """Refuse a `last` that is no linear layer of `model`."""
+    if not isinstance(last, nn.Linear):
+        raise TypeError(f"last is {type(last).__name__}; a torch.nn.Linear is needed")
+    if not any(part is last for part in model.modules()):
+        raise ValueError("last is no part of model; pass the model's own final layer")
+
+
+def check_inputs(X: Tensor) -> None:
+    """Refuse inputs that are empty, not floating point, or not finite."""
+    if not X.is_floating_point():
+        raise TypeError(f"X has dtype {X.dtype}; a floating-point dtype is needed, as pixels or features in float32")
+    if X.ndim < 2 or X.numel() == 0:
+        raise ValueError(f"X has shape {tuple(X.shape)}; at least one sample of at least one number is needed")
+    if not bool(torch.isfinite(X).all()):
+        raise ValueError("X holds NaN or infinity; finite numbers are needed")
+
+
+def with_constant(h: Float[Tensor, "... N m"]) -> Float[Tensor, "... N p"]:
+    """Append the constant column: ``M = [h, 1]``."""
+    return torch.cat([h, h.new_ones(*h.shape[:-1], 1)], -1)
+
+
+def last_weights(last: nn.Linear) -> Float[Tensor, "p K"]:
+    """The last layer as ``V``: weights transposed, then the bias as the last row, if there is one."""
+    W = last.weight.detach().mT
+    return W.clone() if last.bias is None else torch.cat([W, last.bias.detach()[None]])
+
+
+def set_last_weights(last: nn.Linear, V: Float[Tensor, "p K"]) -> None:
+    """Write ``V`` into the last layer; nothing else in the model changes."""
+    m = last.in_features
+    with torch.no_grad():
+        last.weight.copy_(V[:m].mT)
+        if last.bias is not None:
+            last.bias.copy_(V[m])
+
+
+def hidden_parameters(
+    model: nn.Module, last: nn.Linear, where: str = "all", wide: nn.Module | None = None
+) -> list[nn.Parameter]:
+    """The parameters that get noise: all but the last layer's, or the wide layer's only; never a buffer.
+
+    Args:
+        model: any module.
+        last: its final linear layer.
+        where: ``"all"`` or ``"wide"``.
+        wide: the wide layer; None for the linear layer defined before `last`.
+
+    Returns:
+        The parameters, in the model's order.
+
+    Raises:
+        ValueError: an unknown `where`, or no wide layer.
+    """
+    check_model(model, last)
+    if where not in ("all", "wide"):
+        raise ValueError(f"where is {where!r}; 'all' or 'wide' is needed")
+    if where == "wide":
+        if wide is None:
+            linear = [part for part in model.modules() if isinstance(part, nn.Linear)]
+            place = next(i for i, part in enumerate(linear) if part is last)
+            if place == 0:
+                raise ValueError("model has no linear layer before last; name the wide layer")
+            wide = linear[place - 1]
+        return list(wide.parameters())
+    own = {id(p) for p in last.parameters()}
+    return [p for p in model.parameters() if id(p) not in own]
+
+
+def relative_noise(
+    params: Iterable[Tensor], rel: float = 1e-3, floor: float = 1e-6, *, generator: torch.Generator
+) -> float:
+    """Add ``N(0, s^2)`` to every entry of every tensor, ``s = max(rel * rms, floor)``, in place.
+
+    The scale is a root mean square, not a standard deviation: that is 0 for a constant tensor and NaN for a single
+    number. With a floor above 0 the noise has a density on every parameter, which is what the theorem needs.
+
+    Args:
+        params: tensors, changed in place.
+        rel: size relative to the tensor's root mean square.
+        floor: least size, positive.
+        generator: CPU generator; numbers are drawn in float64 and cast.
+
+    Returns:
+        The norm of the noise over the norm of the parameters.
+
+    Raises:
+        ValueError: `rel` negative, or `floor` not positive.
+    """
+    if not (math.isfinite(rel) and rel >= 0 and math.isfinite(floor) and floor > 0):
+        raise ValueError(f"rel is {rel} and floor is {floor}; rel >= 0 and floor > 0 are needed")
+    moved = size = 0.0
+    with torch.no_grad():
+        for p in params:
+            scale = max(rel * float(p.double().square().mean().sqrt()), floor)
+            draw = torch.randn(p.shape, generator=generator, dtype=torch.float64) * scale
+            size += float(p.double().square().sum())
+            moved += float(draw.square().sum())
+            p.add_(draw.to(p))
+    return math.sqrt(moved / size) if size else math.inf
+
+
+# --- the recipe
+
+
+def two_phase(
+    model: nn.Module,
+    last: nn.Linear,
+    X: Float[Tensor, "N ..."],
+    y: Tensor,
+    optimizer: torch.optim.Optimizer | Make,
+    tau: int,
+    *,
+    loss: str = "cross_entropy",
+    batch: int = 64,
+    augment: Callable[[Tensor], Tensor] | None = None,
+    scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+    noise: float | None = 1e-3,
+    floor: float = 1e-6,
+    where: str = "all",
+    wide: nn.Module | None = None,
+    phase2: str | None = "nesterov",
+    options: Mapping[str, Any] | None = None,
+    double: bool = True,
+    generator: torch.Generator,
+    observe: Observables | None = None,
+    snapshots: Sequence[int] = (),
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int | None = None,
+    progress: bool | None = None,
+) -> TwoPhaseRun:
+    """Run the recipe: tau epochs of any optimizer on all parameters, noise, then the last layer on frozen features.
+
+    The model is trained in place. Phase 2 changes nothing but the last layer's numbers: every other parameter and every
+    buffer keeps its bits. The model is left in eval mode, in which the result holds. ``tau = T`` epochs with
+    ``noise=None, phase2=None`` is the plain run; ``tau = 0`` is regression on random features.
+
+    Args:
+        model: any module that takes rows of X.
+        last: its final linear layer.
+        X: inputs, one sample a row.
+        y: int64 labels ``(N,)`` for cross-entropy, targets ``(N, K)`` for the squared loss.
+        optimizer: an optimizer of the model's parameters, or a function that makes one from them.
+        tau: epochs of phase 1.
+        loss: ``"cross_entropy"`` or ``"squared"`` (``|q - y|^2 / 2``), averaged over the samples.
+        batch: mini-batch size in phase 1; the samples are shuffled anew in every epoch.
+        augment: a function of a mini-batch of inputs, phase 1 only. It may draw from torch's global generator, which is
+            seeded here and put back afterwards; so does dropout.
+        scheduler: makes a learning-rate scheduler from the optimizer, stepped after every epoch.
+        noise: relative size, see `relative_noise`; None for no noise (then the rank is not guaranteed).
+        floor: least size of the noise.
+        where: ``"all"`` hidden parameters, or the ``"wide"`` layer's only (enough if its inputs are distinct).
+        wide: the wide layer; None for the linear layer before `last`.
+        phase2: one of `METHODS`, or None.
+        options: arguments of the phase-2 function. `momentum_sgd` continues with the optimizer's learning rate,
+            momentum and velocity, and with the mini-batch size of phase 1, if nothing else is given.
+        double: cast the model to float64 at tau, exactly, so that noise, phase 2 and its certificate speak of the same
+            numbers.
+        generator: CPU generator for shuffling, dropout, augmentation and noise.
+        observe: observables by name, functions of the model called in eval mode after epochs 0, ..., tau.
+        snapshots: epochs after which the model's state is kept.
+        checkpoint: folder that makes the run resumable (safetensors and JSON). Killed at any moment and called again
+            with the same arguments and a fresh model, it ends with the same bits.
+        checkpoint_every: mini-batches between two checkpoints; None for about 30 seconds.
+        progress: show a bar; None for only in a terminal.
+
+    Returns:
+        The run.
+
+    Raises:
+        ValueError: an argument out of range, data or a checkpoint that does not fit, or a loss that is not finite.
+        TypeError: a wrong type or dtype.
+        KeyboardInterrupt: after saving, if a checkpoint was asked for.
+    """
+    _check(model, last, X, y, tau, loss, batch, phase2, snapshots)
+    rule = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(model.parameters())
+    if not isinstance(rule, torch.optim.Optimizer):
+        raise TypeError(f"optimizer made {type(rule).__name__}; a torch.optim.Optimizer is needed")
+    seed = int(torch.randint(2**62, (), generator=generator))
+    settings = {"tau": tau, "loss": loss, "batch": batch, "seed": seed, "snapshots": sorted(snapshots)}
+    settings |= {"observables": sorted(observe or {}), "X": runs.digest(X), "y": runs.digest(y)}
+    settings |= {"model": runs.digest(model.state_dict()), "optimizer": [type(rule).__name__, _rules(rule)]}
+    state = _Phase1(model, rule, scheduler(rule) if scheduler else None, dict(observe or {}), set(snapshots))
+    store = _Store(Path(checkpoint), settings) if checkpoint is not None else None
+    _phase1(state, X, y, tau, loss, batch, augment, seed, store, checkpoint_every, progress)
+    before = _loss(model, last, X, y, loss, batch)
+    if double and phase2 is not None:
+        model.double()
+        X, y = X.double(), y.double() if loss == "squared" else y
+    if noise is not None:
+        g = torch.Generator().manual_seed((seed + 1) % 2**62)
+        relative_noise(hidden_parameters(model, last, where, wide), noise, floor, generator=g)
+    M = _features(model, last, X, max(batch, 256), constant=last.bias is not None)
+    noisy = float(last_layer.average_loss(M, last_weights(last), y, loss))
+    result = None
+    if phase2 is not None:
+        chosen = _options(phase2, dict(options or {}), last, rule, batch, seed, loss, progress, store)
+        result = METHODS[phase2](M, last_weights(last), y, **chosen)
+        set_last_weights(last, result.V)
+    model.eval()
+    return TwoPhaseRun(tau, *state.results(), before, noisy, M, result)
+
+
+def _check(
+    model: nn.Module,
+    last: nn.Linear,
+    X: Tensor,
+    y: Tensor,
+    tau: int,
+    loss: str,
+    batch: int,
+    phase2: str | None,
+    snapshots: Sequence[int],
+) -> None:
+    check_model(model, last)
+    check_inputs(X)
+    if phase2 is not None and phase2 not in METHODS:
+        raise ValueError(f"phase2 is {phase2!r}; one of {', '.join(METHODS)}, or None, is needed")
+    if tau < 0 or batch < 1:
+        raise ValueError(f"tau is {tau} and batch is {batch}; tau >= 0 and batch >= 1 are needed")
+    if not set(snapshots) <= set(range(tau + 1)):
+        raise ValueError(f"snapshots is {sorted(snapshots)}; epochs from 0 to tau = {tau} are needed")
+    if len(X) != len(y):
+        raise ValueError(f"X has {len(X)} rows and y has {len(y)}; they must be equal")
+    # a last layer of the right shape stands for the features, so that the loss' own checks speak
+    last_layer.check_problem(X.new_ones(len(X), 1), X.new_zeros(1, last.out_features), y, loss)
+
+
+def _options(
+    phase2: str,
+    options: dict[str, Any],
+    last: nn.Linear,
+    rule: torch.optim.Optimizer,
+    batch: int,
+    seed: int,
+    loss: str,
+    progress: bool | None,
+    store: _Store | None,
+) -> dict[str, Any]:
+    """The arguments of the phase-2 function, with what follows from phase 1."""
+    options = {"loss": loss, **options}
+    if phase2 in ("gd", "nesterov", "momentum_sgd"):
+        options.setdefault("progress", progress)
+        if store is not None:
+            options.setdefault("checkpoint", store.path.with_name("phase2.safetensors"))
+    if last.bias is None and phase2 in ("gd", "nesterov", "lbfgs"):
+        options["centred"] = False
+    if phase2 == "momentum_sgd":
+        group = rule.param_groups[0]
+        options.setdefault("step", group["lr"])
+        options.setdefault("momentum", group.get("momentum", 0.9))
+        options.setdefault("batch", batch)
+        options.setdefault("generator", torch.Generator().manual_seed((seed + 2) % 2**62))
+        buffers = [rule.state.get(p, {}).get("momentum_buffer") for p in last.parameters()]
+        if all(b is not None for b in buffers):
+            velocity = torch.cat([b.mT if b.ndim == 2 else b[None] for b in buffers])
+            options.setdefault("velocity", velocity.to(last.weight))
+    return options
+
+
+def _loss(model: nn.Module, last: nn.Linear, X: Tensor, y: Tensor, loss: str, batch: int) -> float:
+    """The loss in eval mode."""
+    total = 0.0
+    with _evaluating(model):
+        for rows, targets in zip(X.split(max(batch, 256)), y.split(max(batch, 256)), strict=True):
+            total += float(last_layer.pointwise(model(rows).double(), _double(targets), loss).sum())
+    return total / len(X)
+
+
+def _double(y: Tensor) -> Tensor:
+    return y.double() if y.is_floating_point() else y
+
+
+# --- phase 1
+
+
+@dataclass
+class _Phase1:
+    """What phase 1 carries along: everything that a checkpoint has to hold."""
+
+    model: nn.Module
+    rule: torch.optim.Optimizer
+    scheduler: Any
+    observe: dict[str, Callable[[nn.Module], Any]]
+    keep: set[int]
+    epoch: int = 0
+    place: int = 0  # mini-batches of this epoch that are done
+    total: float = 0.0  # of their losses, sample by sample
+    losses: list[float] = field(default_factory=list)
+    observed: dict[str, list[Tensor]] = field(default_factory=dict)
+    snapshots: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+
+    def look(self) -> None:
+        """Record what is asked for after an epoch."""
+        rng = torch.get_rng_state()
+        with _evaluating(self.model):
+            for name, function in self.observe.items():
+                value = torch.as_tensor(function(self.model)).detach().cpu().double()
+                self.observed.setdefault(name, []).append(value)
+        torch.set_rng_state(rng)
+        if self.epoch in self.keep:
+            state = self.model.state_dict()
+            self.snapshots[self.epoch] = {name: t.detach().cpu().clone() for name, t in state.items()}
+
+    def results(self) -> tuple[Tensor, dict[str, Tensor], dict[int, dict[str, Tensor]]]:
+        observed = {name: torch.stack(values) for name, values in self.observed.items()}
+        return torch.tensor(self.losses, dtype=torch.float64), observed, self.snapshots
+
+
+def _phase1(
+    state: _Phase1,
+    X: Tensor,
+    y: Tensor,
+    tau: int,
+    loss: str,
+    batch: int,
+    augment: Callable[[Tensor], Tensor] | None,
+    seed: int,
+    store: _Store | None,
+    every: int | None,
+    progress: bool | None,
+) -> None:
+    """tau epochs, resumable after any mini-batch."""
+    count = -(-len(X) // batch)
+    devices = [X.device] if X.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            torch.cuda.manual_seed(seed)
+        fresh = not (store and store.load(state))
+        if fresh:
+            state.look()
+        state.model.train()
+        saved, done = time.monotonic(), 0
+        with (
+            runs.held_interrupt(store is not None) as interrupted,
+            runs.progress_bar(progress, state.epoch * count + state.place, tau * count) as bar,
+        ):
+            while state.epoch < tau:
+                order = torch.randperm(len(X), generator=torch.Generator().manual_seed(seed + state.epoch))
+                for part in order.split(batch)[state.place :]:
+                    _one_batch(state, X, y, part.to(X.device), loss, augment)
+                    bar.update(1)
+                    done += 1
+                    last = state.place == count
+                    if last:
+                        _close_epoch(state, len(X))
+                    due = done % every == 0 if every else time.monotonic() - saved > _CHECKPOINT_SECONDS
+                    if store and (due or interrupted() or (last and state.epoch == tau)):
+                        store.save(state)
+                        saved = time.monotonic()
+                    if interrupted():
+                        raise KeyboardInterrupt
+
+
+def _one_batch(
+    state: _Phase1, X: Tensor, y: Tensor, part: Tensor, loss: str, augment: Callable[[Tensor], Tensor] | None
+) -> None:
+    rows = X[part] if augment is None else augment(X[part])
+
+    def closure() -> Tensor:
+        state.rule.zero_grad()
+        value = last_layer.pointwise(state.model(rows), y[part], loss).mean()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        value = float(state.rule.step(closure).detach())
+    if not math.isfinite(value):
+        raise ValueError(
+            f"the loss of phase 1 is {value} in epoch {state.epoch + 1}; a smaller learning rate is needed"
+        )
+    state.total += value * len(part)
+    state.place += 1
+
+
+def _close_epoch(state: _Phase1, N: int) -> None:
+    if state.scheduler is not None:
+        state.scheduler.step()
+    state.losses.append(state.total / N)
+    state.epoch, state.place, state.total = state.epoch + 1, 0, 0.0
+    state.look()
+
+
+# --- checkpoints
+
+
+def _rules(rule: torch.optim.Optimizer) -> str:
+    """The optimizer's numbers, learning rate and all, as text."""
+    return repr([{k: v for k, v in sorted(group.items()) if k != "params"} for group in rule.param_groups])
+
+
+def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Turn nested lists and dictionaries into what JSON can hold; their tensors go aside, under a name."""
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        return {"pairs": [[k, _pack(v, f"{name}.{k}", tensors)] for k, v in value.items()]}
+    if isinstance(value, list | tuple):
+        return [_pack(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]
+    return value
+
+
+def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of `_pack`, with lists for tuples."""
+    if isinstance(value, list):
+        return [_unpack(v, tensors) for v in value]
+    if isinstance(value, dict):
+        if "tensor" in value:
+            return tensors[value["tensor"]]
+        return {k: _unpack(v, tensors) for k, v in value["pairs"]}
+    return value
+
+
+class _Store:
+    """One safetensors file for phase 1: model, optimizer, random state and history, with JSON in its header."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self.settings = json.loads(json.dumps(settings))
+        self.path = folder / "phase1.safetensors"
+
+    def save(self, state: _Phase1) -> None:
+        tensors = {f"model.{k}": v for k, v in state.model.state_dict().items()}
+        for e, kept in state.snapshots.items():
+            tensors |= {f"snapshot.{e}.{k}": v for k, v in kept.items()}
+        for name, values in state.observed.items():
+            tensors[f"observed.{name}"] = torch.stack(values)
+        tensors["rng.cpu"] = torch.get_rng_state()
+        if torch.cuda.is_available() and next(state.model.parameters()).is_cuda:
+            tensors["rng.cuda"] = torch.cuda.get_rng_state()
+        header = {
+            "settings": self.settings,
+            "progress": [state.epoch, state.place, state.total, state.losses],
+            "optimizer": _pack(state.rule.state_dict(), "optimizer", tensors),
+            "scheduler": _pack(state.scheduler and state.scheduler.state_dict(), "scheduler", tensors),
+        }
+        runs.write_tensors(self.path, tensors, header)
+
+    def load(self, state: _Phase1) -> bool:
+        """Fill the state from the file; false without one."""
+        if not self.path.exists():
+            return False
+        tensors, header = runs.read_tensors(self.path, "checkpoint")
+        found = header["settings"]
+        other = [k for k in {**found, **self.settings} if found.get(k) != self.settings.get(k)]
+        if other:
+            raise ValueError(f"checkpoint {self.path} is of a run with another {', '.join(other)}; choose a new folder")
+
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+        state.model.load_state_dict(under("model."))
+        state.rule.load_state_dict(_unpack(header["optimizer"], tensors))
+        if state.scheduler is not None:
+            state.scheduler.load_state_dict(_unpack(header["scheduler"], tensors))
+        state.epoch, state.place, state.total, state.losses = header["progress"]
+        state.observed = {k: list(v) for k, v in under("observed.").items()}
+        for key, value in under("snapshot.").items():
+            e, _, name = key.partition(".")
+            state.snapshots.setdefault(int(e), {})[name] = value
+        torch.set_rng_state(tensors["rng.cpu"])
+        if "rng.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["rng.cuda"])
+        return True

@@ -1,0 +1,429 @@
+"""Mean-field ResNets ``z_{l+1} = z_l + (1/L) sum_m w_m f(z_l, theta_lm)``, many at once: forward, adjoint, descent.
+
+The loss is ``E = (1/2n) sum_i r_i^2`` with ``r_i = v . z_L^i - y_i``, and its gradient is taken with respect to the law
+of the particles: for equal weights that is L M times the gradient, so that nothing freezes as the network grows.
+Parameters are ``theta (S, L, M, k)``: S networks, L layers, M particles; the block says what they mean (`blocks`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from companion import data, descent
+from companion.descent import Observables, Run, State
+from companion.mean_field import loops
+from companion.mean_field.blocks import Block
+
+_KEEP_BYTES = {"cpu": 2**21}  # the panels of all layers together: kept while they stay in a core's cache
+_KEEP_BYTES_GPU = 2**32
+_PANEL_BYTES = {"cpu": 2**20}  # one panel, where they are computed twice
+_PANEL_BYTES_GPU = 2**26
+
+
+def check_data(X: Float[Tensor, "n d"], y: Float[Tensor, " n"]) -> None:
+    """Refuse data that no network of this kind can fit: equal inputs with different targets.
+
+    Args:
+        X: inputs ``(n, d)``.
+        y: targets ``(n,)``.
+
+    Raises:
+        TypeError: not a tensor, or a dtype other than float32 and float64.
+        ValueError: a wrong shape, NaN or infinity, or equal inputs with different targets, named by their indices.
+    """
+    if not isinstance(y, Tensor):
+        raise TypeError(f"y is {type(y).__name__}; a torch tensor is needed")
+    if y.ndim != 1:
+        raise ValueError(f"y has shape {tuple(y.shape)}; (n,) is needed")
+    data.check(X, y[:, None], geometry=False)
+    first: dict[tuple[float, ...], int] = {}
+    for i, x in enumerate(X.tolist()):
+        j = first.setdefault(tuple(x), i)
+        if y[i] != y[j]:
+            raise ValueError(
+                f"X has equal rows {j} and {i} with targets {float(y[j])} and {float(y[i])}; no network can fit both"
+            )
+
+
+def _checked(block: Block, theta: Tensor, X: Tensor, weights: Tensor | None) -> Tensor:
+    """Refuse parameters and weights that do not fit the block and the inputs; return the weights."""
+    for name, A in (("theta", theta), ("X", X)):
+        if not isinstance(A, Tensor) or A.dtype not in (torch.float32, torch.float64):
+            found = A.dtype if isinstance(A, Tensor) else type(A).__name__
+            raise TypeError(f"{name} is {found}; a float32 or float64 tensor is needed")
+    if theta.ndim != 4 or theta.shape[3] != block.k or theta.numel() == 0:
+        raise ValueError(f"theta has shape {tuple(theta.shape)}; (S, L, M, {block.k}) is needed for {block.name}")
+    if X.ndim != 2 or X.shape[1] != block.d or len(X) == 0:
+        raise ValueError(f"X has shape {tuple(X.shape)}; (n, {block.d}) is needed for {block.name}")
+    if theta.dtype != X.dtype or theta.device != X.device:
+        raise ValueError(f"theta is {theta.dtype} on {theta.device}, X is {X.dtype} on {X.device}; make them equal")
+    for name, A in (("theta", theta), ("X", X)):
+        if not bool(torch.isfinite(A.detach().sum())) and not bool(torch.isfinite(A.detach()).all()):
+            raise ValueError(f"{name} holds NaN or infinity; finite numbers are needed")
+    return check_weights(weights, theta)
+
+
+def check_weights(weights: Tensor | None, theta: Float[Tensor, "S L M k"]) -> Float[Tensor, " M"]:
+    """The particles' weights, equal ones for None; refused unless they are nonnegative and their sum is 1.
+
+    Args:
+        weights: ``(M,)`` or None.
+        theta: particles; gives M, dtype and device.
+
+    Returns:
+        Weights ``(M,)``.
+
+    Raises:
+        ValueError: another shape, dtype or device, a negative or infinite weight, or a sum other than 1.
+    """
+    M = theta.shape[2]
+    if weights is None:
+        return theta.new_full((M,), 1 / M)
+    if weights.shape != (M,) or weights.dtype != theta.dtype or weights.device != theta.device:
+        found = f"{tuple(weights.shape)} {weights.dtype} on {weights.device}"
+        raise ValueError(f"weights is {found}; ({M},) {theta.dtype} on {theta.device} is needed")
+    total = float(weights.double().sum())
+    if not abs(total - 1) <= 1e3 * torch.finfo(weights.dtype).eps or bool((weights < 0).any()):
+        raise ValueError(
+            f"weights sum to {total}, the smallest is {float(weights.min())}; weights >= 0 of sum 1 needed"
+        )
+    return weights
+
+
+def _functional(v: Tensor, X: Tensor) -> Tensor:
+    if not isinstance(v, Tensor) or v.shape != X.shape[1:] or v.dtype != X.dtype or v.device != X.device:
+        found = f"{tuple(v.shape)} {v.dtype} on {v.device}" if isinstance(v, Tensor) else type(v).__name__
+        raise ValueError(f"v is {found}; ({X.shape[1]},) {X.dtype} on {X.device} is needed")
+    if not bool(torch.isfinite(v).all()) or not bool(v.any()):
+        raise ValueError(f"v is {v.tolist()}; a finite nonzero vector is needed")
+    return v
+
+
+def init_particles(
+    block: Block,
+    L: int,
+    M: int,
+    *,
+    S: int = 1,
+    depth: str = "constant",
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str | None = None,
+) -> Float[Tensor, "S L M k"]:
+    """Draw ``theta_lm(0)`` from the block's law: one draw for all depths, one for each, or a smooth process in depth.
+
+    Numbers are drawn on the CPU in float64, network after network: network s does not depend on S.
+
+    Args:
+        block: the block, whose `draw` is the law.
+        L: layers.
+        M: particles in a layer.
+        S: networks.
+        depth: ``"constant"``, ``theta_lm = theta_m``; ``"iid"``, independent layers; ``"process"``,
+            ``theta_m(t) = cos(pi t / 2) theta_m + sin(pi t / 2) theta_m'`` at ``t = l / L``, which has the same law at
+            every depth if the law is normal, and the same covariance if it is centred.
+        generator: CPU generator.
+        dtype: of the result.
+        device: of the result.
+
+    Returns:
+        Particles ``(S, L, M, k)``.
+
+    Raises:
+        ValueError: a number below 1, or another name for `depth`.
+    """
+    for name, value in (("L", L), ("M", M), ("S", S)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; a positive integer is needed")
+    if depth not in ("constant", "iid", "process"):
+        raise ValueError(f"depth is {depth!r}; 'constant', 'iid' or 'process' is needed")
+    theta = torch.empty(S, L, M, block.k, dtype=dtype, device=device)
+    for network in theta:
+        if depth == "constant":
+            network.copy_(block.draw((M,), generator))
+        elif depth == "iid":
+            network.copy_(block.draw((L, M), generator))
+        else:
+            t = (torch.arange(L, dtype=torch.float64) / L * (math.pi / 2))[:, None, None]
+            start, other = block.draw((2, M), generator)
+            network.copy_(torch.cos(t) * start + torch.sin(t) * other)
+    return theta
+
+
+def forward(
+    block: Block, theta: Float[Tensor, "S L M k"], X: Float[Tensor, "n d"], weights: Float[Tensor, " M"] | None = None
+) -> Float[Tensor, "T S n d"]:
+    """Compute ``z_{l+1} = z_l + (1/L) sum_m w_m f(z_l, theta_lm)`` from ``z_0 = x``.
+
+    Args:
+        block: the block.
+        theta: particles ``(S, L, M, k)``.
+        X: inputs ``(n, d)``.
+        weights: ``(M,)``, of sum 1; None for equal ones.
+
+    Returns:
+        The ``T = L + 1`` states of every network, ``(L + 1, S, n, d)``.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices that do not fit, NaN or infinity, weights not of sum 1.
+    """
+    w = _checked(block, theta, X, weights)
+    S, L, M, _ = theta.shape
+    run = loops.loop(block, (S, L, M, len(X)), w, False)
+    run.load(theta)
+    return run.forward(X).contiguous()
+
+
+def adjoint(
+    block: Block,
+    theta: Float[Tensor, "S L M k"],
+    X: Float[Tensor, "n d"],
+    p_L: Float[Tensor, "S n d"],
+    weights: Float[Tensor, " M"] | None = None,
+) -> tuple[Float[Tensor, "T S n d"], Float[Tensor, "T S n d"]]:
+    """Compute ``p_l = p_{l+1} + (1/L) p_{l+1}^T sum_m w_m d_z f(z_l, theta_lm)`` down from ``p_L``.
+
+    Args:
+        block: the block.
+        theta: particles ``(S, L, M, k)``.
+        X: inputs ``(n, d)``.
+        p_L: adjoint of the last state ``(S, n, d)``: ``v`` for the derivative of the output, ``r_i v`` for the loss.
+        weights: see `forward`.
+
+    Returns:
+        States and adjoints of all layers, each ``(L + 1, S, n, d)``.
+
+    Raises:
+        TypeError, ValueError: see `forward`; also a `p_L` that does not fit.
+    """
+    w = _checked(block, theta, X, weights)
+    S, L, M, _ = theta.shape
+    if p_L.shape != (S, *X.shape) or p_L.dtype != X.dtype:
+        raise ValueError(f"p_L is {tuple(p_L.shape)} {p_L.dtype}; {(S, *X.shape)} {X.dtype} is needed")
+    run = loops.loop(block, (S, L, M, len(X)), w, False)
+    run.load(theta)
+    z = run.forward(X).contiguous()
+    p = torch.empty_like(z)
+    run.backward(p_L, torch.empty_like(theta), p)
+    return z, p
+
+
+def rescaled_gradient(
+    block: Block,
+    theta: Float[Tensor, "S L M k"],
+    X: Float[Tensor, "n d"],
+    y: Float[Tensor, " n"],
+    v: Float[Tensor, " d"],
+    weights: Float[Tensor, " M"] | None = None,
+    out: Float[Tensor, "S L M k"] | None = None,
+) -> tuple[Float[Tensor, " S"], Float[Tensor, "S L M k"]]:
+    """Compute E and ``(1/n) sum_i p_{l+1}^i . d_theta f(z_l^i, theta_lm)``: the gradient divided by ``w_m / L``.
+
+    Memory beyond the gradient is the states and two panels ``(S, n, M)``.
+
+    Args:
+        block: the block.
+        theta: particles ``(S, L, M, k)``.
+        X: inputs ``(n, d)``.
+        y: targets ``(n,)``.
+        v: the output is ``v . z_L``, ``(d,)``.
+        weights: see `forward`.
+        out: memory for the gradient; None for new memory, which costs time where the gradient is large.
+
+    Returns:
+        The loss ``(S,)`` and the rescaled gradient ``(S, L, M, k)``.
+
+    Raises:
+        TypeError, ValueError: see `forward` and `check_data`.
+    """
+    w = _checked(block, theta, X, weights)
+    check_data(X, y)
+    step = _Gradient(block, tuple(theta.shape), X, y, _functional(v, X), w)
+    if out is not None and (out.shape != theta.shape or out.dtype != theta.dtype or out.device != theta.device):
+        raise ValueError(f"out is {tuple(out.shape)} {out.dtype}; {tuple(theta.shape)} {theta.dtype} is needed")
+    G = torch.empty_like(theta) if out is None else out
+    E = theta.new_empty(len(theta))
+    for members in step.members(len(theta)):
+        rms = step(theta[members], G[members])
+        E[members] = 0.5 * rms.square()
+    return E, G
+
+
+class _Gradient:
+    """Loss and rescaled gradient of a few networks at a time, in memory allocated once for each number of networks."""
+
+    def __init__(
+        self, block: Block, shape: tuple[int, ...], X: Tensor, y: Tensor, v: Tensor, w: Tensor, chunk: int | None = None
+    ) -> None:
+        self.block, self.X, self.y, self.v, self.w = block, X, y, v, w
+        S, self.L, self.M, _ = shape
+        self.chunk, self.keep = default_chunk(S, self.L, self.M, X)
+        self.chunk = min(chunk, S) if chunk else self.chunk
+        self.loops: dict[int, loops.Loop] = {}
+
+    def members(self, S: int) -> list[slice]:
+        return [slice(a, min(a + self.chunk, S)) for a in range(0, S, self.chunk)]
+
+    def __call__(self, theta: Tensor, G: Tensor | None) -> Tensor:
+        """The rms residual ``sqrt(2 E)`` of each network; the gradient goes to G."""
+        S, n = len(theta), len(self.X)
+        if S not in self.loops:
+            self.loops[S] = loops.loop(self.block, (S, self.L, self.M, n), self.w, self.keep)
+        loop = self.loops[S]
+        loop.load(theta)
+        r = loop.forward(self.X)[-1] @ self.v - self.y
+        if G is not None:
+            loop.backward((r / n)[..., None] * self.v, G)
+        return torch.linalg.vector_norm(r, dim=1) / math.sqrt(n)
+
+
+def default_chunk(S: int, L: int, M: int, X: Float[Tensor, "n d"]) -> tuple[int, bool]:
+    """How many networks are handled at once, and whether their panels are kept, from the shapes alone.
+
+    Args:
+        S: networks.
+        L: layers.
+        M: particles.
+        X: inputs; gives n, dtype and the kind of device.
+
+    Returns:
+        The chunk, from 1 to S, and whether panels of all layers are kept rather than computed twice.
+    """
+    panel = len(X) * M * X.element_size()
+    kept = _KEEP_BYTES.get(X.device.type, _KEEP_BYTES_GPU) // (L * panel)
+    most = kept or max(1, _PANEL_BYTES.get(X.device.type, _PANEL_BYTES_GPU) // panel)
+    return math.ceil(S / math.ceil(S / most)), bool(kept)
+
+
+Tie = Callable[[Tensor], None]
+
+
+def train(
+    block: Block,
+    theta: Float[Tensor, "S L M k"],
+    X: Float[Tensor, "n d"],
+    y: Float[Tensor, " n"],
+    v: Float[Tensor, " d"],
+    step: float,
+    steps: int,
+    *,
+    weights: Float[Tensor, " M"] | None = None,
+    every: int = 1,
+    observe: Observables | None = None,
+    tie: Tie | None = None,
+    decay: Callable[[float], float] | None = None,
+    chunk: int | None = None,
+    progress: bool | None = None,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int | None = None,
+    on_divergence: str = "raise",
+) -> Run:
+    """Gradient descent ``theta <- theta - h (rescaled gradient)``; the time of the limit flow is ``s = h k``.
+
+    Args:
+        block: the block.
+        theta: initial particles ``(S, L, M, k)``; not touched.
+        X: inputs ``(n, d)``.
+        y: targets ``(n,)``.
+        v: the output is ``v . z_L``, ``(d,)``.
+        step: the step ``h > 0``.
+        steps: number of steps.
+        weights: see `forward`.
+        every: record at k = 0, every, 2 every, ... and at the last k.
+        observe: observables by name, each ``State -> Tensor``; see `monitors`.
+        tie: called with all particles after each step, to change them in place: for particles that copy others.
+        decay: ``s -> lambda(s)``: descent on ``E + lambda(s) int int |theta|^2`` instead.
+        chunk: networks handled at once; bits depend on it. None for `default_chunk`.
+        progress, checkpoint, checkpoint_every, on_divergence: see `descent.iterate`.
+
+    Returns:
+        The run: ``loss`` is E, ``(T, S)``; ``weights[0]`` the last particles.
+
+    Raises:
+        Diverged: the loss became infinite or NaN.
+        TypeError, ValueError: see `rescaled_gradient`; also a step that is not positive and finite.
+    """
+    w = _checked(block, theta, X, weights)
+    check_data(X, y)
+    if isinstance(step, bool) or not isinstance(step, int | float) or not (math.isfinite(step) and step > 0):
+        raise ValueError(f"step is {step!r}; a positive finite number is needed")
+    gradient = _Gradient(block, tuple(theta.shape), X, y, _functional(v, X), w, chunk)
+    parts = gradient.members(len(theta))
+    G = theta.new_empty(gradient.chunk, *theta.shape[1:])
+    rms = theta.new_empty(len(theta))
+
+    def step_(params: list[Tensor], k: int, move: bool) -> Tensor:
+        (particles,) = params
+        for members in parts:
+            now = particles[members]
+            part = G[: len(now)]
+            rms[members] = gradient(now, part if move else None)
+            if move:
+                if decay is not None:
+                    part.add_(now, alpha=2 * decay(k * step))
+                now.sub_(part, alpha=step)
+        if move and tie is not None:
+            tie(particles)
+        return rms
+
+    config = {"X": X, "y": y, "v": v, "weights": w, "step": step, "block": repr(block), "chunk": gradient.chunk}
+    config |= {name: getattr(f, "__qualname__", repr(f)) if f else None for name, f in (("tie", tie), ("decay", decay))}
+    return descent.iterate(
+        [theta],
+        step_,
+        steps,
+        every=every,
+        observe=observe,
+        progress=progress,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+        config=config,
+        on_divergence=on_divergence,
+        size=step,
+    )
+
+
+def monitors(
+    block: Block,
+    X: Float[Tensor, "n d"],
+    y: Float[Tensor, " n"],
+    v: Float[Tensor, " d"],
+    weights: Float[Tensor, " M"] | None = None,
+) -> dict[str, Callable[[State], Tensor]]:
+    """Observables for `train`: what the convergence theorem asks to stay bounded, and to converge.
+
+    Args:
+        block: the block.
+        X: inputs.
+        y: targets.
+        v: the output functional.
+        weights: see `forward`.
+
+    Returns:
+        ``moment``: ``int int |theta|^2``, ``(S,)``; ``u2``: the same for the first coordinate alone; ``z`` and ``p``:
+        the states and the loss' adjoints ``p_L = r v`` of all layers, ``(L + 1, S, n, d)``.
+    """
+
+    def average(state: State, take: slice) -> Tensor:
+        theta = state.weights[0]
+        return theta[..., take].square().sum(-1).mean(1) @ check_weights(weights, theta)
+
+    def states(state: State) -> Tensor:
+        return forward(block, state.weights[0], X, weights)
+
+    def adjoints(state: State) -> Tensor:
+        p_L = (states(state)[-1] @ v - y)[..., None] * v
+        return adjoint(block, state.weights[0], X, p_L, weights)[1]
+
+    return {
+        "moment": lambda state: average(state, slice(None)),
+        "u2": lambda state: average(state, slice(0, 1)),
+        "z": states,
+        "p": adjoints,
+    }

@@ -1,0 +1,21 @@
+"""Networks: stacked weights of our own, activations, layers, and what reads a `torch.nn.Module`."""
+
+from companion.networks.activations import ACTIVATIONS, Activation, activation
+from companion.networks.layers import Residual, Sine, Softplus, Square
+from companion.networks.stacked import as_ensemble, check_weights, features, forward, gradients, init_mlp
+
+__all__ = [
+    "ACTIVATIONS",
+    "Activation",
+    "Residual",
+    "Sine",
+    "Softplus",
+    "Square",
+    "activation",
+    "as_ensemble",
+    "check_weights",
+    "features",
+    "forward",
+    "gradients",
+    "init_mlp",
+]
