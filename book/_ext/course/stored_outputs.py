@@ -11,7 +11,7 @@ from jupytext.myst import myst_to_notebook
 from sphinx.errors import ExtensionError
 
 from . import lessons
-from .claims import MIME
+from .claims import kind
 
 _executed: dict[str, list] = {}
 
@@ -22,7 +22,7 @@ def read(text: str, name: str) -> nbformat.NotebookNode:
     for count, (cell, executed) in enumerate(zip(lessons.code(notebook), _executed[name], strict=True), start=1):
         cell.outputs, cell.execution_count = copy.deepcopy(executed.outputs), count
         for output in cell.outputs:
-            output.get("data", {}).pop(MIME, None)  # for the claims page; myst-nb would warn of it
+            output.get("data", {}).pop(kind().MIME, None)  # for the claims page; myst-nb would warn of it
     notebook.metadata["language_info"] = {"name": "python", "pygments_lexer": "ipython3"}
     return notebook
 
