@@ -130,7 +130,7 @@ CONSTRUCTS: dict[str, tuple[str, list]] = {
             "\n\n</details>\n\n> **Seen**\n>\n> Open."
         ],
     ),
-    "what is not shown": ("% a comment\n\nShown.", ["Shown."]),
+    "aside": ("% a comment\n\n```{rubric} Aside\n```\n\n***\n\nShown.", ["**Aside**\n\n---\n\nShown."]),
     "citation": (
         "As {cite}`gauss` and {cite:t}`gauss` say[^foot].\n\n[^foot]: At the foot.\n\n"
         "```{bibliography}\n:filter: docname in docnames\n```",

@@ -12,6 +12,8 @@ from pathlib import Path
 import check_site
 import pytest
 from course import address, api, lessons, reading, repairs
+from docutils import nodes
+from docutils.utils import new_document
 
 REPOSITORY = "https://github.com/someone/else"
 COLAB = "https://colab.research.google.com/github/someone/else/blob/main/lessons/01-a.ipynb"
@@ -116,6 +118,19 @@ def test_a_repair_changes_what_it_names_and_counts_it(monkeypatch, name, rule):
     assert reading.replace(page + page, {name: rule}) == f"<p>{repaired}</p>\n" * 2
     assert reading.replace(f"<p>{repaired}</p>", {name: rule}) == f"<p>{repaired}</p>"
     assert reading.made == {name: 2}
+
+
+def test_boxes_get_identifiers_of_their_own(monkeypatch):
+    monkeypatch.setattr(repairs, "made", Counter())
+    document = new_document("page")
+    document += [
+        nodes.section(ids=["proof-content", "a"]),
+        nodes.section(ids=["proof-content"]),
+        nodes.section(ids=["b"]),
+    ]
+    repairs._unique_ids(None, document)
+    assert [node["ids"] for node in document] == [["proof-content-1", "a"], ["proof-content-2"], ["b"]]
+    assert repairs.made == {"shared ids": 2}
 
 
 # --- the checks can fail

@@ -38,9 +38,6 @@ class CellsBuilder(Builder):
     def prepare_writing(self, docnames):
         pass
 
-    def assemble_doctree(self, docname):
-        return self.env.get_and_resolve_doctree(docname, self)
-
     def write_doc(self, docname, doctree):
         if docname.startswith("lessons/"):
             cells = Writer(self, docname).cells(doctree)
@@ -156,8 +153,6 @@ class Writer:
         writer = getattr(self, f"block_{name}", None)
         if writer:
             return writer(node)
-        if isinstance(node, nodes.Inline | nodes.Text):
-            return self.inline_one(node)
         if isinstance(node, nodes.Element):
             return self.joined(node)
         raise ExtensionError(f"{self.docname}: there is no rule that writes {name!r} as Markdown")
@@ -181,9 +176,6 @@ class Writer:
 
     def block_paragraph(self, node):
         return self.inline(node)
-
-    def block_title(self, node):
-        return f"**{self.inline(node)}**"
 
     def block_transition(self, node):
         return "---"

@@ -1,6 +1,5 @@
 """A lesson's text, its notebook, and how the two belong together."""
 
-import hashlib
 from pathlib import Path
 
 import jupytext
@@ -76,8 +75,3 @@ def stale(name: str) -> str:
     if any(cell.execution_count is None for cell in stored):
         return f"lessons/{name}.ipynb was never run"
     return ""
-
-
-def fingerprint(*parts: str) -> str:
-    """A short name that depends on nothing but the text."""
-    return hashlib.sha256("\x00".join(parts).encode()).hexdigest()[:12]
