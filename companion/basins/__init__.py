@@ -20,9 +20,8 @@ from companion.basins.certificates import (
 from companion.basins.exact import (
     ExactPoint,
 )
-from companion.basins.langevin import (
-    eyring_kramers,
-)
+from companion.basins.langevin import exit_times as langevin_exit_times
+from companion.basins.langevin import eyring_kramers
 from companion.basins.planted import (
     CLASSES,
     Endpoints,
@@ -75,6 +74,7 @@ __all__ = [
     "eyring_kramers",
     "full_rank_certificate",
     "kantorovich",
+    "langevin_exit_times",
     "loss_derivatives",
     "no_basin",
     "plant_bad_minimum",

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from companion import data, descent, kernels, networks
 from companion import width_bounds as wb
+from companion.width_bounds import certificates
 
 
 def problem(N, d, widths, seed, *, beta=1.0, S=None, radius=1.0):
@@ -227,7 +228,7 @@ def test_certified_inequalities_hold_in_rationals(deep_net):
     X, Y, weights = deep_net
     cert = wb.certify(X, Y, weights, level="certified")
     assert cert.holds
-    s = wb._certified_spectra(X, Y, [W[0] for W in weights])
+    s = certificates._certified_spectra(X, Y, [W[0] for W in weights])
     C = [Fraction(c) for c in cert.quantities["radii"]]
     w, phi = ([Fraction(v) for v in t.tolist()] for t in (s.w, s.phi))
     d1 = phi[0] * C[0]
@@ -248,7 +249,7 @@ def test_the_feature_enclosure_contains_exact_arithmetic():
     """Features, products and residual of a tiny deep net in Fractions, against the certified one-sided numbers."""
     X, Y, weights = problem(3, 2, (2, 3, 4, 1), 6)
     one = [W[0] for W in weights]
-    s = wb._certified_spectra(X, Y, one)
+    s = certificates._certified_spectra(X, Y, one)
     F = [[Fraction(v) for v in row] for row in X.tolist()]
     for W in one[:-1]:
         M = [[Fraction(v) for v in row] for row in W.tolist()]

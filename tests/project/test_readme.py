@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf8")
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf8")
 
 
 def test_the_example_for_ones_own_network_runs(capsys):
@@ -23,4 +23,4 @@ def test_every_picture_exists_and_has_an_alternative_text():
     assert len(pictures) >= 2
     for alt, path in pictures:
         assert len(alt) > 20
-        assert (Path(__file__).parents[1] / path).exists()
+        assert (Path(__file__).parents[2] / path).exists()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from companion import basins, data, networks
 from companion.basins import certificates as strict_minima
 from companion.basins import exact as shallow_exact
-from companion.basins import langevin, roads, shallow
+from companion.basins import langevin, planted, roads, shallow
 from companion.rigor import arbs
 
 F64 = torch.float64
@@ -204,7 +204,7 @@ def test_exact_rank_is_the_rank_of_small_integer_matrices(rank, columns, seed):
         torch.randint(-3, 4, (5, rank), generator=g).double()
         @ torch.randint(-3, 4, (rank, columns), generator=g).double()
     )
-    assert basins._exact_rank(A) == int(torch.linalg.matrix_rank(A))
+    assert planted._exact_rank(A) == int(torch.linalg.matrix_rank(A))
 
 
 def test_a_relu_ray_keeps_the_loss():

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.pipeline
 COLAB = ("torch", "numpy", "matplotlib", "scikit-learn", "tqdm", "ipykernel")
 FETCHED = ("jaxtyping", "wadler-lindig", "safetensors")
 JUDGE = ("pytest", "nbval")
-SANITIZE = Path(__file__).with_name("nbval_sanitize.cfg")
+SANITIZE = Path(__file__).parents[1] / "nbval_sanitize.cfg"
 
 
 def closure(*names: str) -> dict[str, metadata.Distribution]:

@@ -90,7 +90,7 @@ def test_a_dask_cluster_gives_the_same_bits(serial, tmp_path):
     pytest.importorskip("distributed")
     program = f"""
         import sys, torch
-        sys.path[:0] = [{str(Path(__file__).parents[1])!r}, {str(Path(__file__).parent)!r}]
+        sys.path[:0] = [{str(Path(__file__).parents[2])!r}, {str(Path(__file__).parent)!r}]
         torch.set_num_threads(1)
         from distributed import Client, LocalCluster
         from companion.lab.sweeps import one_thread, sweep
@@ -109,7 +109,7 @@ def test_a_dask_cluster_gives_the_same_bits(serial, tmp_path):
     (work / "sweep_work.py").write_text(source)
     script = work / "run.py"
     script.write_text(textwrap.dedent(program))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(work), str(Path(__file__).parents[1])])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(work), str(Path(__file__).parents[2])])}
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     found = {(c["seed"], c["width"]): r for c, r in stored(tmp_path)}

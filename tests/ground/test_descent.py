@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from companion import data, descent, networks
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def problem(widths=(5, 7, 6, 2), S=3, N=9, seed=0, **options):
