@@ -11,6 +11,7 @@ import pytest
 from course import address
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+pytestmark = [pytest.mark.pipeline, pytest.mark.xdist_group("cells")]
 SETTINGS = f"""\
 import sys, yaml
 sys.path.insert(0, {str(address.ROOT / "book" / "_ext")!r})
