@@ -51,13 +51,10 @@ _BACK = re.compile(r'(<div class="viewcode-block" id="([^"]+)">\s*<a class="view
 
 
 def anchor(module: str, name: str) -> str:
-    """Where a name of a module is described: at the nearest face that exports it, else in its own module."""
-    package = module
-    while "." in package:
-        if name.partition(".")[0] in getattr(importlib.import_module(package), "__all__", ()):
-            return f"{package}.{name}"
-        package = package.rpartition(".")[0]
-    return f"{module}.{name}"
+    """Where a name of a module is described: at the face of its wing if that exports it, else in its own module."""
+    wing = ".".join(module.split(".")[:2])
+    exported = name.partition(".")[0] in getattr(importlib.import_module(wing), "__all__", ())
+    return f"{wing if exported else module}.{name}"
 
 
 def _source_links(app, exception):
