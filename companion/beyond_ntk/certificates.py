@@ -22,8 +22,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, fx, nn
 
 from companion import rigor
-from companion.beyond_ntk.expressivity import LIBRARY, Head, equal_inputs, head, library_row, silent
-from companion.certificate import Certificate, assumed, compare
+from companion.beyond_ntk.expressivity import LIBRARY, Head, head, library_row
+from companion.certificate import Certificate, assumed, compare, silent
+from companion.data import equal_inputs
 from companion.rigor import modules
 from companion.rigor.linear_algebra import UNIT, gamma, round_down, round_up
 from companion.rigor.modules import BATCH, NoEnclosure
