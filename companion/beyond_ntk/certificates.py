@@ -26,8 +26,8 @@ from companion.beyond_ntk.expressivity import LIBRARY, Head, head, library_row
 from companion.certificate import Certificate, assumed, compare, silent
 from companion.data import equal_inputs
 from companion.rigor import modules
-from companion.rigor.linear_algebra import UNIT, gamma, round_down, round_up
 from companion.rigor.modules import BATCH, NoEnclosure
+from companion.rigor.rounding import UNIT, gamma, round_down, round_up
 
 Loss = Literal["squared", "cross_entropy"]
 LOSSES = ("squared", "cross_entropy")

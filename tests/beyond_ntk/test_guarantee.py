@@ -9,9 +9,9 @@ from torch import nn
 
 from companion import beyond_ntk as by
 from companion import data, networks
+from companion import rigor as verified
 from companion.beyond_ntk import certificates, expressivity, vision
 from companion.beyond_ntk import recipe as two_phase
-from companion.rigor import linear_algebra as verified
 
 
 def gaussian(N, d, seed):
