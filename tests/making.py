@@ -1,6 +1,10 @@
 """What many tests make their inputs with."""
 
+import math
+
 import torch
+
+from companion import data, minimum_norm
 
 
 def seeded(seed=0):
@@ -21,3 +25,31 @@ def phase2_problem(N=12, m=20, K=3, loss="squared", seed=0, dtype=torch.float64)
     labels = torch.arange(N) % K
     Y = labels if loss == "cross_entropy" else torch.nn.functional.one_hot(labels).to(dtype)
     return M, V0, Y
+
+
+def sphere_example():
+    """Lesson 4's twenty inputs on the sphere in ten dimensions with a quadratic target."""
+    g = seeded(1000)
+    X = torch.randn(20, 10, generator=g, dtype=torch.float64)
+    X /= torch.linalg.vector_norm(X, dim=1, keepdim=True)
+    b = torch.randn(10, generator=g, dtype=torch.float64)
+    y = (X @ (b / torch.linalg.vector_norm(b))) ** 2
+    return X, (y - y.mean()) / y.std()
+
+
+def wide_layer(seed, N=4, d=3, m=64, kappa=1.0, S=1, antisymmetric=True, kinks=0):
+    """A random small problem for one wide layer; the first `kinks` neurons start almost at a kink of some input."""
+    g = seeded(seed)
+    X = data.sphere(N, d, g) * (0.5 + torch.rand(N, 1, generator=g, dtype=torch.float64))
+    y = torch.randn(N, generator=g, dtype=torch.float64)
+    W0, signs = minimum_norm.initialize(d, m, kappa=kappa, S=S, antisymmetric=antisymmetric, generator=g)
+    for r in range(kinks):
+        x = X[r % N]
+        W0[:, :, r] -= (W0[:, :, r] @ x)[:, None] / (x @ x) * x * (1 - 1e-3)
+    return X, y, W0, signs
+
+
+def layer_jacobian(X, W, signs):
+    """The Jacobian of one wide layer's outputs, ``(N, d m)``."""
+    J = (X @ W > 0)[:, None, :] * signs * X[:, :, None] / math.sqrt(W.shape[1])
+    return J.reshape(len(X), -1)

@@ -16,7 +16,8 @@ from torch import nn
 from companion import data, networks
 from companion import rigor as verified
 from companion.beyond_ntk import expressivity, vision
-from companion.beyond_ntk.expressivity import certify_expressivity, head, separation
+from companion.beyond_ntk.expressivity import certify_expressivity, separation
+from companion.networks.reading import head
 from companion.rigor import modules as enclosures
 
 
