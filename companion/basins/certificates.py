@@ -75,7 +75,7 @@ def certify_no_basin(
     if sigma.name in _HOMOGENEOUS:
         row = Assumption(f"{sigma.name} is positively homogeneous", True, "is", True, "exact", True)
         return Certificate("Corollary of P': no basin at any width", True, (*smooth, row), found)
-    if X is not None and (rank := exact.exact_rank(X)) < X.shape[1]:
+    if X is not None and (rank := rigor.exact_rank(X)) < X.shape[1]:
         rows = (*smooth, compare("rank X < D", rank, "<", X.shape[1], "exact"))
         return Certificate("Corollary of P': no basin at any width", True, rows, found | {"rank X": rank})
     width = compare(f"width m >= {samples}", m, ">=", needed, "exact")

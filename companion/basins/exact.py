@@ -88,61 +88,6 @@ def ldl_pivots(A: Sequence[Sequence[Any]]) -> list[Any]:
     return pivots
 
 
-def null_space(A: Sequence[Sequence[Fraction]]) -> list[list[Fraction]]:
-    """A basis of ``{z : A z = 0}`` over the rationals (Gauss-Jordan elimination)."""
-    rows = [list(map(Fraction, r)) for r in A]
-    n, lead, pivots = len(rows[0]), 0, []
-    for column in range(n):
-        found = next((r for r in range(lead, len(rows)) if rows[r][column] != 0), None)
-        if found is None:
-            continue
-        rows[lead], rows[found] = rows[found], rows[lead]
-        rows[lead] = [t / rows[lead][column] for t in rows[lead]]
-        for r in range(len(rows)):
-            if r != lead and rows[r][column] != 0:
-                factor = rows[r][column]
-                rows[r] = [t - factor * s for t, s in zip(rows[r], rows[lead], strict=True)]
-        pivots.append(column)
-        lead += 1
-    basis = []
-    for free in (c for c in range(n) if c not in pivots):
-        z = [Fraction(0)] * n
-        z[free] = Fraction(1)
-        for r, c in enumerate(pivots):
-            z[c] = -rows[r][free]
-        basis.append(z)
-    return basis
-
-
-def exact_rank(X: Tensor) -> int:
-    """The rank of the stored floats, by elimination over the integers; a few rows are tried first."""
-    X = X[:, (X != 0).any(0)]
-    few = 3 * X.shape[1]
-    if X.shape[1] == 0 or (len(X) > few and _bareiss_rank(X[:few]) == X.shape[1]):
-        return X.shape[1]
-    return _bareiss_rank(X)
-
-
-def _bareiss_rank(X: Tensor) -> int:
-    rows = [[Fraction(t) for t in row] for row in X.tolist()]
-    scale = math.lcm(*(t.denominator for row in rows for t in row))
-    rows = [[int(t * scale) for t in row] for row in rows]
-    rank, previous = 0, 1
-    for column in range(X.shape[1]):
-        found = next((r for r in range(rank, len(rows)) if rows[r][column]), None)
-        if found is None:
-            continue
-        rows[rank], rows[found] = rows[found], rows[rank]
-        lead = rows[rank]
-        for r in range(rank + 1, len(rows)):  # fraction-free elimination: every division is exact
-            head = rows[r][column]
-            rows[r] = [(lead[column] * t - head * s) // previous for t, s in zip(rows[r], lead, strict=True)]
-        previous, rank = lead[column], rank + 1
-        if rank == len(rows):
-            break
-    return rank
-
-
 # --- exact ------------------------------------------------------------------------------------------------------------
 
 

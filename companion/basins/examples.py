@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from companion import rigor
 from companion.basins import exact, langevin
 from companion.basins.certificates import certify_strict_minimum
 from companion.basins.exact import ExactPoint
@@ -67,7 +68,7 @@ def exact_bad_minimum(act: str, a: Sequence[int], x: Sequence[int], base: Any) -
     jets = point.jets(X)
     nodes = [[jets[n][j][0] for n in range(N)] for j in range(m)]
     nodes += [[X[n][0] * jets[n][j][1] for n in range(N)] for j in range(m)]
-    kernel = exact.null_space(nodes)
+    kernel = rigor.null_space(nodes)
     e, second = None, []
     for power in range(1, 6):  # combinations of the kernel's basis until no g'' vanishes
         trial = [sum(Fraction((i + 1) ** (power - 1)) * z[n] for i, z in enumerate(kernel)) for n in range(N)]
