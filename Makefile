@@ -75,7 +75,7 @@ test: $(STAMP) lint
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 unit: $(STAMP)
-	$(BIN)/python -m pytest -m "not pipeline"
+	$(BIN)/python -m pytest -m "not pipeline and not slow"
 
 check-lessons: $(STAMP)
 	$(BIN)/python book/_tools/notebooks.py check $(ONLY)

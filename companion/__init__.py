@@ -17,6 +17,7 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _DOORS = (
+    "arguments",
     "basins",
     "beyond_ntk",
     "certificate",

@@ -15,8 +15,8 @@ import html
 import json
 import math
 import operator
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -189,6 +189,38 @@ class Certificate:
             f"</caption><thead>{head}</thead><tbody>{body}</tbody></table>"
             + (f'<p class="certificate-quantities">{rest}</p>' if rest else "")
         )
+
+
+def silent(theorem: str, rows: Sequence[Assumption], reason: str) -> Certificate:
+    """Build the certificate of a theorem that says nothing here, and why."""
+    return Certificate(theorem, False, tuple(rows), {}, reason)
+
+
+def gather(members: Sequence[Certificate], key: Callable[[Certificate], float] = lambda member: 0.0) -> Certificate:
+    """Put one certificate in front of an ensemble's: it holds if and only if all of them do.
+
+    Its lines are those of the first member that is not shown or, if all are, of the one with the smallest `key`. What
+    it promises holds for every member: of a quantity whose name begins with ``max_`` the smallest, and of a ``rate``
+    the smallest; the other quantities are those of the member in front.
+
+    Args:
+        members: one certificate for each network.
+        key: says which of the members that hold is the weakest.
+
+    Returns:
+        The member itself if there is one only, else the certificate in front with all in `members`.
+    """
+    if len(members) == 1:
+        return members[0]
+    failing = [i for i, m in enumerate(members) if not m.holds]
+    front = members[failing[0]] if failing else min(members, key=key)
+    promised = dict(front.quantities)
+    if not failing:
+        for name in promised:
+            if name.startswith("max_") or name == "rate":
+                promised[name] = min(m.quantities[name] for m in members)
+    reason = f"{front.reason} (network {failing[0]})" if failing else ""
+    return replace(front, quantities=promised, reason=reason, members=tuple(members))
 
 
 def html_row(cells: tuple[str, ...], tag: str) -> str:

@@ -105,6 +105,36 @@ def _some(items: list, most: int = 5) -> str:
     return ", ".join(str(i) for i in items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
+def equal_inputs(X: Float[Tensor, "N ..."]) -> Int[Tensor, " N"]:
+    """Number the distinct samples: ``group_i = group_j`` exactly if ``x_i = x_j`` (0 and -0 are equal).
+
+    Args:
+        X: samples ``(N, ...)``, finite.
+
+    Returns:
+        The group of each sample, 0 to (number of distinct samples - 1), on the CPU.
+    """
+    rows = X.detach().cpu().reshape(len(X), -1) + 0.0
+    return torch.unique(rows, dim=0, return_inverse=True)[1]
+
+
+def equal_pairs(groups: Int[Tensor, " N"]) -> list[tuple[int, int]]:
+    """List ``(i, j)``, the first sample i of each group with every later one j.
+
+    Args:
+        groups: what `equal_inputs` returned.
+
+    Returns:
+        The pairs, ``i < j``; empty exactly if all samples are distinct.
+    """
+    first: dict[int, int] = {}
+    found = []
+    for i, group in enumerate(groups.tolist()):
+        if first.setdefault(group, i) != i:
+            found.append((first[group], i))
+    return found
+
+
 def degeneracies(X: Float[Tensor, "N d"]) -> Degeneracies:
     """Find the rows that make ``K_ij = E[relu(w.x_i) relu(w.x_j)]``, ``w ~ N(0, I)``, singular.
 
