@@ -3,7 +3,7 @@
 The network has layers ``F_0 = X``, ``F_l = relu(F_{l-1} W_l)`` for ``l < L`` and the output ``F_{L-1} W_L``, no biases;
 the loss is ``0.5 * ||F_{L-1} W_L - Y||_F^2``.  Two theorems look at one initialization and one data set:
 
-- Theorem P, the paper's, with explicit constants: `paper_conditions`.
+- Theorem P, the paper's, with explicit constants: `certify_paper`.
 - Theorem C, the course's, derived in lesson 1, weaker hypotheses and the same conclusion: `certify`.
 
 Both only read a handful of numbers, the `Spectra` of the network; everything that decides a theorem is a plain
@@ -11,8 +11,8 @@ function of them, batched over leading axes, so that a map over widths or scales
 
 from companion.width_bounds.certificates import (
     certify,
+    certify_paper,
     envelope,
-    paper_conditions,
     train,
 )
 from companion.width_bounds.fixed_points import (
@@ -38,11 +38,11 @@ __all__ = [
     "ball_fixed_point",
     "ball_map",
     "certify",
+    "certify_paper",
     "chernoff_width",
     "envelope",
     "hermite_lower_bound",
     "necessary_condition",
-    "paper_conditions",
     "proxy_spectra",
     "proxy_width",
     "smallest_beta",

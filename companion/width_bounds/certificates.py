@@ -1,7 +1,7 @@
 """Theorem C and Theorem P on one network and one data set: certificates, their curve, and runs that watch them.
 
-Theorem C's certificate is also made rigorous: one-sided bounds on the spectra of the stored floats, and the final
-inequalities in exact rationals.
+What a network gives, its `Spectra`, is measured, or bounded rigorously for the stored floats; the inequalities between
+these numbers are checked in exact rationals at either level.
 """
 
 from __future__ import annotations
@@ -11,41 +11,52 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from companion import data, descent, networks, rigor
-from companion.certificate import Assumption, Certificate, assumed, compare
+from companion.arguments import checked
+from companion.certificate import Assumption, Certificate, assumed, compare, gather, silent
+from companion.rigor.formulas import lower, upper
+from companion.rigor.rounding import up as rounded_up
 from companion.width_bounds.fixed_points import (
-    AtRadii,
+    SHARES,
     PaperAtRadii,
     Spectra,
+    at_radii,
     ball_fixed_point,
-    ball_map,
-    best_epsilon,
-    check_choices,
+    best_share,
+    check_share,
+    finite_features,
     inflated,
     largest_residual,
     necessary_condition,
     paper_fixed_point,
     paper_map,
+    singular_ends,
     smallest_beta,
     spectra,
+    theorem_c,
 )
+
+_UNDECIDED = "undecided: the radii are too close to the edge of feasibility, or their squares leave float64"
+_DESCENT = "full-batch gradient descent in exact arithmetic, no biases"
+
 
 # --- Theorem C --------------------------------------------------------------------------------------------------------
 
 
+@checked(double=True)
 def certify(
     X: Float[Tensor, "N d"],
     Y: Float[Tensor, "N K"],
     weights: Sequence[Tensor],
     *,
-    epsilon: float | str = 0.25,
-    level: str = "measured",
+    epsilon: float | Literal["auto"] | None = None,
+    level: Literal["measured", "certified"] = "measured",
     step: float | None = None,
 ) -> Certificate:
     """Does Theorem C cover this network and data?  ``||R_k||_F <= (1 - eta rho)^k ||R_0||_F`` if it holds.
@@ -54,183 +65,273 @@ def certify(
         X: inputs, shape (N, d), float64.
         Y: targets, shape (N, K), float64.
         weights: initial weights, L >= 2 tensors of shape (S, n_in, n_out) or (n_in, n_out), float64.
-        epsilon: the share of the rate given to the step, in (0, 1), or ``"auto"`` for `best_epsilon`.
+        epsilon: the share of the rate given to the step, in (0, 1); ``"auto"`` for the value of a grid that proves the
+            most progress in one step; None for 1/4 and, where that shows nothing, the grid.
         level: ``"measured"`` (ordinary floating point) or ``"certified"`` (every rounding error of the features,
-            singular values and norms bounded, the final inequalities in exact rationals).
+            singular values and norms bounded). The final inequalities are checked in exact rationals either way.
         step: the step size eta that will be used; the largest admissible one when omitted.
 
     Returns:
         A `Certificate`.  ``quantities`` holds ``alpha``, ``rho``, ``max_step``, ``radii``, ``R_0``, ``alpha_0``,
-        ``d``, ``B``, ``phi``, ``epsilon``, ``rounds``; on failure the largest admissible ``R_0``, and for ``W_L = 0``
-        the factor ``beta`` of ``W_{L-1}`` that would do.  ``holds=False`` means "not shown", never "does not converge".
-        An ensemble of S networks gives the first network that is not shown, or else the one with the smallest
-        ``alpha_0``, and all of them in ``members``.
+        ``d``, ``B``, ``phi``, ``epsilon``, ``rounds``, rounded to the safe side.  A refusal lists what was found before
+        anything moves, ``R_0``, ``alpha_0``, ``phi`` and ``B_0``, and what would do: ``largest_R_0`` and, for
+        ``W_L = 0``, the factor ``beta`` of ``W_{L-1}``.  ``holds=False`` means "not shown", never "does not converge".
+        An ensemble of S networks holds if each does; ``max_step`` and ``rho`` are then the smallest of all, the rest is
+        that of the network with the smallest ``alpha_0``, and every network's own certificate is in ``members``.
 
     Raises:
         TypeError: an argument is not a tensor, or not float64.
-        ValueError: NaN, infinity, wrong shape, an empty list of weights, unknown level, epsilon or step out of range.
+        ValueError: NaN, infinity, wrong shape, an empty list of weights, unknown level, epsilon or step out of range,
+            or numbers so large that features overflow.
 
     Source: Theorem C, derived in lesson 1.
     """
-    stacked = _validated(X, Y, weights)
-    if level not in ("measured", "certified"):
-        raise ValueError(f"level is {level!r}; 'measured' or 'certified' is needed")
-    if isinstance(epsilon, str) and epsilon != "auto":
-        raise ValueError(f"epsilon is {epsilon!r}; a number between 0 and 1 or 'auto' is needed")
-    if not isinstance(epsilon, str):
-        check_choices(epsilon, "gd", "telescope")
-    if step is not None and not (step > 0 and math.isfinite(step)):
+    stacked = _network(X, Y, weights)
+    if epsilon is not None and epsilon != "auto":
+        check_share(epsilon)
+    if step is not None and not step > 0:
         raise ValueError(f"step is {step}; a positive number is needed")
-    N, width = X.shape[0], stacked[-1].shape[1]
-    first = _data_rows(X, N, width, len(stacked))
-    if not all(a.holds for a, _ in first):
-        reason = next(reason for a, reason in first if not a.holds)
-        return Certificate("Theorem C", False, tuple(a for a, _ in first), {}, reason)
-    rows = tuple(a for a, _ in first)
-    members = []
-    for s in range(stacked[0].shape[0]):
-        one = [W[s] for W in stacked]
-        values = _certified_spectra(X, Y, one) if level == "certified" else spectra(X, Y, one).member(0)
-        share = best_epsilon(values) if epsilon == "auto" else float(epsilon)
-        zero_last = not bool(one[-1].any())
-        members.append(_certify_one(values, share, level, step, rows, zero_last))
-    return _gather(members)
+    rows, reason = _data_rows(X, stacked[-1].shape[1], len(stacked))
+    if reason:
+        return silent("Theorem C", rows, reason)
+    ask = _Asked(epsilon, level, step)
+    members = [_certify_one(X, Y, [W[s] for W in stacked], ask, rows) for s in range(len(stacked[0]))]
+    front = gather(members, key=lambda member: member.quantities["alpha_0"])
+    if not front.holds:
+        return front
+    rho = min(member.quantities["rho"] for member in members)
+    return replace(front, quantities=front.quantities | {"rho": rho})
 
 
-def _gather(members: list[Certificate]) -> Certificate:
-    if len(members) == 1:
-        return members[0]
-    failing = [m for m in members if not m.holds]
-    worst = failing[0] if failing else min(members, key=lambda m: m.quantities["alpha_0"])
-    return replace(worst, members=tuple(members))
+class _Asked(NamedTuple):
+    epsilon: float | str | None
+    level: str
+    step: float | None
 
 
-def _validated(X: Tensor, Y: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    data.check(X, Y, geometry=False)
+def _network(X: Tensor, Y: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     networks.check_weights(weights, X, Y)
-    if X.dtype != torch.float64:
-        raise TypeError(f"X has dtype {X.dtype}; a certificate needs float64")
     if len(weights) < 2:
         raise ValueError(f"weights has {len(weights)} matrix; at least 2 are needed (one hidden layer)")
-    return networks.as_ensemble(weights)
+    return [W.detach() for W in networks.as_ensemble(weights)]
 
 
-def _data_rows(X: Tensor, N: int, width: int, L: int) -> list[tuple[Assumption, str]]:
-    """The lines about the data and the width, each with the reason that a failure gives."""
-    found = data.degeneracies(X)
-    dependent = found.antipodal_dependent and L == 2
+def _data_rows(X: Tensor, width: int, L: int) -> tuple[list[Assumption], str]:
+    """The lines about the data and the width, and the reason that the first failure gives."""
+    found, N = data.degeneracies(X), len(X)
     reason = ""
     if found.zero_rows:
         reason = f"zero_row: row {found.zero_rows[0]} of X is zero, and its features are zero at every width"
     elif found.parallel_pairs:
         i, j = found.parallel_pairs[0]
         reason = (
-            f"parallel_rows: rows {i} and {j} of X are positively parallel, and so are their features at every width"
+            f"parallel_rows: rows {i} and {j} of X are, to rounding, positively parallel, and so are their features "
+            "at every width"
         )
-    elif dependent:
+    elif found.antipodal_dependent and L == 2:
         pairs = ", ".join(f"({i}, {j})" for i, j in found.antipodal_pairs)
         reason = f"dependent_antipodal_pairs: the antipodal pairs {pairs} of X are linearly dependent"
-    rows = [(Assumption("rows of X in general position", not reason, "is", True, "measured", not reason), reason)]
-    narrow = f"too_narrow: the last hidden layer has {width} neurons; at least N = {N} are needed"
-    rows.append((compare("n ≥ N", width, ">=", N, "exact"), narrow))
-    return rows
+    rows = [Assumption("rows of X in general position", not reason, "is", True, "measured", not reason)]
+    rows.append(compare("n ≥ N", width, ">=", N, "exact"))
+    if not rows[-1].holds and not reason:
+        reason = f"too_narrow: the last hidden layer has {width} neurons; at least N = {N} are needed"
+    return rows, reason
 
 
-def _certify_one(
-    s: Spectra, epsilon: float, level: str, step: float | None, rows: tuple[Assumption, ...], zero_last: bool
-) -> Certificate:
-    """Theorem C for one network from its spectra (one-sided bounds are enough: T is monotone in each of them)."""
-    status = "certified" if level == "certified" else "measured"
-    if status == "certified" and float(s.alpha_0) > 0:  # alpha_0 > 0 proves what the floating-point look at X suggests
-        rows = tuple(replace(a, status="certified") if a.status == "measured" else a for a in rows)
-    rows = (*rows, compare("α₀ = σ_N(F_{L-1})", float(s.alpha_0), ">", 0.0, status))
+def _certify_one(X: Tensor, Y: Tensor, one: list[Tensor], ask: _Asked, rows: list[Assumption]) -> Certificate:
+    """Theorem C for one network; one-sided bounds on its spectra are enough, as T is monotone in each of them."""
+    s = certified_spectra(X, Y, one) if ask.level == "certified" else _measured_spectra(X, Y, one)
+    alpha_0 = float(s.alpha_0)
+    if ask.level == "certified" and alpha_0 > 0:  # that proves what the floating-point look at X suggests
+        rows = [replace(a, status="certified") if a.status == "measured" else a for a in rows]
+    rows = [*rows, compare("α₀ = σ_N(F_{L-1})", alpha_0, ">", 0.0, ask.level)]
+    facts = {"alpha_0": alpha_0, "R_0": float(s.R_0), "phi": float(s.phi[-1])}
     if not rows[-1].holds:
-        detail = "sigma_min_unresolved: no positive lower bound on the smallest singular value was found"
-        return Certificate("Theorem C", False, rows, {"epsilon": epsilon}, detail)
+        reason = "sigma_min_unresolved: no positive lower bound on the smallest singular value was found"
+        return Certificate("Theorem C", False, tuple(rows), facts, reason + _dependent(X, Y, one))
+    epsilon = _share(s, ask)
+    proof = _prove(s, epsilon)
+    if proof is None:
+        return _refuse(s, ask, epsilon, rows, facts, zero_last=not bool(one[-1].any()))
+    step, most = ask.step or proof["max_step"], proof["max_step"]
+    rows += [
+        compare("α = α₀ - d_{L-1}", proof["alpha"], ">", 0.0, ask.level),
+        compare("B, against (1-ε) α²", proof["B"], "<", (1 - epsilon) * proof["alpha"] ** 2, ask.level),
+        compare("T_l(C) ≤ C_l in every layer", True, "is", True, "exact" if ask.level == "certified" else "measured"),
+        compare("η", step, "<=", most, ask.level),
+        assumed(_DESCENT),
+    ]
+    reason = ""
+    if not all(a.holds for a in rows):
+        reason = _UNDECIDED if step <= most else f"step_too_large: the theorem asks for η ≤ {most!r}"
+    return Certificate("Theorem C", not reason, tuple(rows), proof, reason)
+
+
+def _measured_spectra(X: Tensor, Y: Tensor, one: list[Tensor]) -> Spectra:
+    """The measured `Spectra` of one network, with what rounding may have made of them taken off.
+
+    A product of ``F_{L-1}`` and ``W_L`` that cancels against Y leaves its rounding in ``R_0``; a singular value below
+    the rounding of the features says nothing, and counts as 0.
+    """
+    s = spectra(X, Y, one).member(0)
+    width = max(max(W.shape) for W in one)
+    resolution = 8 * max(len(X), one[-1].shape[-2]) * rigor.UNIT * s.phi[-1]
+    R_0 = s.R_0 + len(one) * width * rigor.UNIT * s.phi[-1] * s.w[-1]
+    return replace(s, R_0=R_0, alpha_0=torch.where(s.alpha_0 > resolution, s.alpha_0, 0.0))
+
+
+def _dependent(X: Tensor, Y: Tensor, one: list[Tensor]) -> str:
+    """Where the features become dependent, if one layer shows it: dead or parallel samples stay so above it."""
+    F, _ = finite_features(X, Y, [W[None] for W in one])
+    for layer, f in enumerate(F[1:], 1):
+        found = data.degeneracies(f[0])
+        if found.zero_rows:
+            samples = ", ".join(map(str, found.zero_rows[:5]))
+            return f"; no neuron of layer {layer} is active on sample {samples}, whatever the widths above"
+        if found.parallel_pairs:
+            i, j = found.parallel_pairs[0]
+            return f"; rows {i} and {j} of F_{layer} are, to rounding, positively parallel, whatever the widths above"
+    return ""
+
+
+def _share(s: Spectra, ask: _Asked) -> float:
+    """The epsilon to prove with; the smallest of the grid, where most networks have radii, when there are none."""
+    if isinstance(ask.epsilon, str) or ask.epsilon is None:
+        ball = ball_fixed_point(s, epsilon=0.25)
+        enough = ask.step is None or ask.step <= 2 * 0.25 / float(ball.phi) / float(ball.phi)
+        if ask.epsilon is None and bool(ball.feasible) and enough:
+            return 0.25
+        return best_share(s, ask.step) or SHARES[0]
+    return float(ask.epsilon)
+
+
+def _prove(s: Spectra, epsilon: float) -> dict[str, Any] | None:
+    """Theorem C's quantities, rounded to the safe side, at radii where its inequalities hold in exact rationals.
+
+    rho is a difference of nearly equal numbers at the edge, which the inflation of the fixed point need not cover:
+    when the rational check fails, the iteration goes on for a few more rounds.
+    """
     ball = ball_fixed_point(s, epsilon=epsilon)
-    proof = _exact_ball(s, ball, epsilon) if level == "certified" else None
-    if proof is not None:
-        ball = proof.ball
-    max_step = 2 * epsilon / float(ball.phi) ** 2 if proof is None else proof.max_step
-    closed = bool(ball.feasible) if proof is None else proof.holds
-    final = "exact" if proof is not None else status
-    rows = (
-        *rows,
-        compare("α = α₀ - d_{L-1}", float(ball.alpha), ">", 0.0, status),
-        compare("B, against (1-ε) α²", float(ball.B), "<", float(ball.rho + ball.B), status),
-        compare("T_l(C) ≤ C_l in every layer", closed, "is", True, final),
-        compare("η", max_step if step is None else step, "<=", max_step, status),
-        assumed("full-batch gradient descent in exact arithmetic, no biases"),
-    )
-    holds = all(a.holds for a in rows)
-    quantities = _quantities(s, ball, epsilon, max_step)
-    reason = "" if holds else _reason(s, ball, epsilon, rows, quantities, zero_last)
-    return Certificate("Theorem C", holds, rows, quantities, reason)
+    if not bool(ball.feasible):
+        return None
+    for _ in range(20):
+        exact = in_fractions(s, ball.C.tolist(), epsilon)
+        if exact is not None:
+            d, phi, alpha, B, rho = exact
+            return {
+                "alpha": lower(alpha),
+                "rho": lower(rho),
+                "max_step": lower(2 * Fraction(epsilon) / phi**2),
+                "radii": ball.C.tolist(),
+                "R_0": float(s.R_0),
+                "alpha_0": float(s.alpha_0),
+                "d": upper(d),
+                "B": upper(B),
+                "phi": upper(phi),
+                "epsilon": epsilon,
+                "rounds": ball.rounds,
+            }
+        ball = at_radii(s, inflated(ball.T), epsilon, rounds=ball.rounds + 1)
+        if not (float(ball.alpha) > 0 and float(ball.rho) > 0):
+            break
+    return None
 
 
-def _quantities(s: Spectra, ball: AtRadii, epsilon: float, max_step: float) -> dict[str, Any]:
-    return {
-        "alpha": float(ball.alpha),
-        "rho": float(ball.rho),
-        "max_step": max_step,
-        "radii": ball.C.tolist(),
-        "R_0": float(s.R_0),
-        "alpha_0": float(s.alpha_0),
-        "d": float(ball.d),
-        "B": float(ball.B),
-        "phi": float(ball.phi),
-        "epsilon": epsilon,
-        "rounds": ball.rounds,
-    }
+def in_fractions(s: Spectra, C: list[float], epsilon: float) -> tuple[Fraction, ...] | None:
+    """``(d, phi, alpha, B, rho)`` of Theorem C in exact rationals, or None where an inequality fails."""
+    w, phi_0, radii = ([Fraction(x) for x in part] for part in (s.w.tolist(), s.phi.tolist(), C))
+    alpha_0, R_0 = (Fraction(float(x)) for x in (s.alpha_0, s.R_0))
+    d, phi, alpha, B, rho, g = theorem_c(w, phi_0, alpha_0, radii, Fraction(epsilon))
+    if alpha <= 0 or rho <= 0 or any(x * R_0 > c * rho for x, c in zip(g, radii, strict=True)):
+        return None
+    return d, phi, alpha, B, rho
 
 
-def _reason(
-    s: Spectra, ball: AtRadii, epsilon: float, rows: tuple[Assumption, ...], quantities: dict[str, Any], zero_last: bool
-) -> str:
-    if all(a.holds for a in rows if a.name != "η"):
-        return f"step_too_large: the theorem asks for η ≤ {quantities['max_step']:.3g}"
-    start = ball_map(s, torch.zeros_like(s.w), epsilon)
-    if float(start.rho) <= 0:
-        return "interference: B exceeds (1-ε) α₀² already without any movement, so that no target helps"
-    if float(ball.rho) > 0 and float(ball.alpha) > 0:
-        return "undecided: the radii are too close to the edge of feasibility"
-    quantities["largest_R_0"] = largest_residual(s, epsilon=epsilon)
-    hint = f"residual_too_large: R₀ is {float(s.R_0):.3g}; {quantities['largest_R_0']:.3g} would do"
-    if zero_last:
-        quantities["beta"] = float(smallest_beta(s, epsilon=epsilon, tol=1e-3))
-        hint += f", or W_{{L-1}} scaled by {quantities['beta']:.3g}"
-    return hint
+def _refuse(
+    s: Spectra, ask: _Asked, epsilon: float, rows: list[Assumption], facts: dict[str, Any], zero_last: bool
+) -> Certificate:
+    """No radii: the facts, and the cheapest change that would help."""
+    w, phi = ([Fraction(x) for x in part] for part in (s.w.tolist(), s.phi.tolist()))
+    B_0, rho_0 = theorem_c(w, phi, Fraction(float(s.alpha_0)), [Fraction(0)] * len(w), Fraction(epsilon))[3:5]
+    free = Assumption("B before any move, against (1-ε) α₀²", upper(B_0), "<", lower(B_0 + rho_0), ask.level, rho_0 > 0)
+    exists = Assumption("T_l(C) ≤ C_l in every layer, for some C", False, "is", True, ask.level, False)
+    facts = facts | {"B_0": upper(B_0), "epsilon": epsilon}
+    ball = ball_fixed_point(s, epsilon=epsilon)
+    better = None if ask.epsilon in (None, "auto") else best_share(s, ask.step)
+    if better is not None:
+        reason = f"epsilon_too_large: no radii at ε = {epsilon:.3g}, but at ε = {better:.3g} (epsilon='auto')"
+    elif not free.holds:
+        needed = f"W_L = 0, or less than {math.sqrt((B_0 + rho_0) / B_0):.2g} W_L, is needed"
+        reason = f"interference: B exceeds (1-ε) α₀² without any movement; {needed}"
+    elif not (bool(ball.rho <= 0) or bool(ball.alpha <= 0)):
+        reason = _UNDECIDED
+    else:
+        largest = largest_residual(s, epsilon=epsilon)
+        beta = float(smallest_beta(s, epsilon=epsilon, tol=1e-3)) if zero_last else math.inf
+        facts |= ({"largest_R_0": largest} if largest > 0 else {}) | ({"beta": beta} if math.isfinite(beta) else {})
+        changes = [f"{largest:.3g}"] * (largest > 0) + [f"W_{{L-1}} scaled by {beta:.3g}"] * math.isfinite(beta)
+        reason = f"residual_too_large: R₀ is {facts['R_0']:.3g}"
+        reason += f"; {', or '.join(changes)} would do" if changes else ""
+    return Certificate("Theorem C", False, (*rows, free, exists), facts, reason)
 
 
-def envelope(certificate: Certificate, step: float, k: Tensor) -> Tensor:
-    """Theorem C's curve ``(1 - eta rho')^k R_0``, an upper bound on the residual norm after k steps.
+@checked
+def envelope(certificate: Certificate, step: float | Float[Tensor, " S"], k: Tensor) -> Tensor:
+    """Theorem C's curve ``(1 - eta rho')^k R_0``, an upper bound on the residual norm after k steps, rounded up.
 
     A step below the largest one leaves more of the rate: ``rho' = (1 - eta phi^2 / 2) alpha^2 - B`` (lesson 1, fact 2).
 
     Args:
         certificate: a certificate that holds, from `certify`.
-        step: the step size eta.
-        k: numbers of steps, any shape.
+        step: the step size eta, one for all networks or one for each.
+        k: whole numbers of steps, any shape.
 
     Returns:
-        The bounds on ``||R_k||_F``, the shape of k.
+        The bounds on ``||R_k||_F``: the shape of k, for an ensemble with a last axis S.
 
     Raises:
-        ValueError: the certificate does not hold, or step is not in (0, max_step].
+        ValueError: the certificate does not hold, k is below 0, or step is not in (0, max_step] of every network.
+
+    Source: Theorem C, derived in lesson 1.
     """
-    if not certificate.holds:
-        raise ValueError(f"certificate does not hold ({certificate.reason}); an envelope needs one that does")
-    q = certificate.quantities
+    if not certificate.holds or "rho" not in certificate.quantities:
+        found = certificate.reason or f"it is one of {certificate.theorem}"
+        raise ValueError(f"certificate does not hold ({found}); an envelope needs one of Theorem C that does")
+    if bool((k < 0).any()) or bool((k != k.round()).any() if k.is_floating_point() else False):
+        raise ValueError("k holds a number that is not a count of steps; whole numbers >= 0 are needed")
+    members = certificate.members or (certificate,)
+    curves = [_curve(m.quantities, eta, k) for m, eta in zip(members, _steps(step, len(members)), strict=True)]
+    return torch.stack(curves, -1) if certificate.members else curves[0]
+
+
+def _curve(q: dict[str, Any], step: float, k: Tensor) -> Tensor:
+    """One network's envelope: every power by repeated squaring, each product rounded up."""
     if not 0 < step <= q["max_step"]:
-        raise ValueError(f"step is {step}; a number in (0, {q['max_step']:.6g}] is needed")
-    rho = (1 - step * q["phi"] ** 2 / 2) * q["alpha"] ** 2 - q["B"]
-    return (1 - step * rho) ** k.to(torch.float64) * q["R_0"]
+        raise ValueError(f"step is {step}; a number in (0, {q['max_step']!r}] is needed")
+    eta, phi, alpha, B = (Fraction(x) for x in (step, q["phi"], q["alpha"], q["B"]))
+    rho = (1 - eta * phi**2 / 2) * alpha**2 - B
+    left = k.to(torch.int64)
+    square = torch.tensor(upper(1 - eta * rho), dtype=torch.float64, device=k.device)
+    power = torch.full_like(left, q["R_0"], dtype=torch.float64)
+    while bool((left > 0).any()):
+        power = torch.where(left % 2 == 1, rounded_up(power * square), power)
+        square, left = rounded_up(square * square), left // 2
+    return power
+
+
+def _steps(step: float | Tensor, S: int) -> list[float]:
+    """A step for each of S networks, as Python numbers."""
+    if not isinstance(step, Tensor) or step.ndim == 0:
+        return [float(step)] * S
+    if len(step) != S:
+        raise ValueError(f"step has shape {tuple(step.shape)}; one number, or one for each of {S} networks, is needed")
+    return step.tolist()
 
 
 # --- Theorem C, rigorously --------------------------------------------------------------------------------------------
 
 
-def _certified_spectra(X: Tensor, Y: Tensor, weights: list[Tensor]) -> Spectra:
+def certified_spectra(X: Tensor, Y: Tensor, weights: list[Tensor]) -> Spectra:
     """One-sided bounds on the spectra of the exact-arithmetic network with these stored floats as its weights.
 
     ``e_l >= ||fl(F_l) - F_l||_F`` obeys ``e_l = e_{l-1} ||W_l||_2 + ||fl(F_{l-1} W_l) - F_{l-1} W_l||_F``, since ReLU
@@ -238,89 +339,26 @@ def _certified_spectra(X: Tensor, Y: Tensor, weights: list[Tensor]) -> Spectra:
     """
     up = rigor.round_up
     X, Y, weights = X.cpu(), Y.cpu(), [W.cpu() for W in weights]
+    stacks, R = finite_features(X, Y, [W[None] for W in weights])
+    F = [f[0] for f in stacks]
     w = [rigor.spectral_norm_upper(W) for W in weights]
-    phi, error, F = [rigor.spectral_norm_upper(X)], 0.0, X
-    for W, norm in zip(weights[:-1], w, strict=False):
-        error = up(up(error * norm) + rigor.product_error(F, W))
-        F = torch.relu(F @ W)
-        phi.append(up(rigor.spectral_norm_upper(F) + error))
-    alpha_0 = max(0.0, rigor.round_down(rigor.sigma_min_lower(F) - error))
-    out = up(up(error * w[-1]) + rigor.product_error(F, weights[-1]))
-    R = F @ weights[-1] - Y
+    phi, error = [rigor.spectral_norm_upper(X)], 0.0
+    for below, f, W, norm in zip(F, F[1:], weights, w, strict=False):
+        error = up(up(error * norm) + rigor.product_error(below, W))
+        phi.append(up(rigor.spectral_norm_upper(f) + error))
+    alpha_0 = max(0.0, rigor.round_down(rigor.sigma_min_lower(F[-1]) - error))
+    out = up(up(error * w[-1]) + rigor.product_error(F[-1], weights[-1]))
     # the subtraction itself: |fl(a - b) - (a - b)| <= u |fl(a - b)|
-    R_0 = up(up(rigor.frobenius_norm_upper(R) * (1 + 4 * rigor.UNIT)) + out)
-    X_F = rigor.frobenius_norm_upper(X)
-    number = torch.tensor([alpha_0, R_0, X_F], dtype=torch.float64)
-    return Spectra(torch.tensor(w, dtype=torch.float64), torch.tensor(phi, dtype=torch.float64), *number)
-
-
-class _Proof(NamedTuple):
-    ball: AtRadii
-    holds: bool
-    max_step: float
-
-
-def _exact_ball(s: Spectra, ball: AtRadii, epsilon: float) -> _Proof | None:
-    """Check ``alpha, rho > 0`` and ``T(C) <= C`` in rationals, and round the quantities outward.
-
-    rho is a difference of nearly equal numbers at the edge, which the inflation of the fixed point need not cover:
-    when the rational check fails, the iteration goes on for a few more rounds.
-    """
-    if not bool(ball.feasible):
-        return None
-    for _ in range(20):
-        proof = _rational_check(s, ball.C, epsilon)
-        if proof is not None:
-            d, phi, alpha, B, rho, T = proof
-            up, down = rigor.round_up, rigor.round_down
-            number = torch.tensor(
-                [up(float(d)), up(float(phi)), down(float(alpha)), up(float(B)), down(float(rho))], dtype=torch.float64
-            )
-            bounds = torch.tensor([up(float(t)) for t in T], dtype=torch.float64)
-            rounded = ball._replace(
-                d=number[0], phi=number[1], alpha=number[2], B=number[3], rho=number[4], T=torch.minimum(bounds, ball.C)
-            )
-            return _Proof(rounded, True, down(float(2 * Fraction(epsilon) / phi**2)))
-        ball = ball_map(s, inflated(ball.T), epsilon)._replace(rounds=ball.rounds + 1)
-        if not (float(ball.alpha) > 0 and float(ball.rho) > 0):
-            break
-    return _Proof(ball, False, 0.0)
-
-
-class _Exact(NamedTuple):
-    d: Fraction
-    phi: Fraction
-    alpha: Fraction
-    B: Fraction
-    rho: Fraction
-    T: list[Fraction]
-
-
-def _rational_check(s: Spectra, C: Tensor, epsilon: float) -> _Exact | None:
-    """``(d, phi, alpha, B, rho, T)`` of Theorem C in exact rationals, or None when an inequality fails."""
-    radii = [Fraction(c) for c in C.tolist()]
-    bar = [Fraction(w) + c for w, c in zip(s.w.tolist(), radii, strict=True)]
-    phi_0 = [Fraction(p) for p in s.phi.tolist()]
-    R_0, L, d, phi = Fraction(float(s.R_0)), len(radii), Fraction(0), [phi_0[0]]
-    for layer in range(L - 1):
-        d = d * bar[layer] + phi_0[layer] * radii[layer]
-        phi.append(phi_0[layer + 1] + d)
-    alpha = Fraction(float(s.alpha_0)) - d
-    g = [phi[layer] * math.prod(bar[layer + 1 :]) for layer in range(L - 1)]
-    B = sum((x**2 for x in g), Fraction(0))
-    rho = (1 - Fraction(epsilon)) * alpha**2 - B
-    if alpha <= 0 or rho <= 0:
-        return None
-    T = [x * R_0 / rho for x in (*g, alpha)]
-    if any(t > c for t, c in zip(T, radii, strict=True)):
-        return None
-    return _Exact(d, phi[-1], alpha, B, rho, T)
+    R_0 = up(up(rigor.frobenius_norm_upper(R[0]) * (1 + 4 * rigor.UNIT)) + out)
+    numbers = (w, phi, alpha_0, R_0, rigor.frobenius_norm_upper(X))
+    return Spectra(*(torch.tensor(x, dtype=torch.float64, device="cpu") for x in numbers))
 
 
 # --- Theorem P --------------------------------------------------------------------------------------------------------
 
 
-def paper_conditions(
+@checked(double=True)
+def certify_paper(
     X: Float[Tensor, "N d"],
     Y: Float[Tensor, "N K"],
     weights: Sequence[Tensor],
@@ -336,8 +374,8 @@ def paper_conditions(
 
     Returns:
         A `Certificate` with the ratios of the left to the right sides of (i)-(iii) as its lines; ``quantities`` holds
-        ``alpha_0``, ``max_step``, ``rate`` (of the loss, for one step), ``radii`` and ``necessary``, the ratio of
-        `necessary_condition`, which must be at least 1 for any radii to exist.
+        ``alpha_0``, ``R_0``, ``max_step``, ``rate`` (of the loss, for one step), ``radii`` and, unless ``W_L = 0``,
+        ``necessary``, the ratio of `necessary_condition`, which must be at least 1 for any radii to exist.
 
     Raises:
         TypeError: an argument is not a tensor, or not float64.
@@ -345,39 +383,36 @@ def paper_conditions(
 
     Source: Nguyen (2021), Theorem 2.2, as restated by Cong, Ramezani and Mahdavi (2021), appendix D.
     """
-    stacked = _validated(X, Y, weights)
+    stacked = _network(X, Y, weights)
     if radii is not None and (len(radii) != len(stacked) or not all(c > 0 for c in radii)):
         raise ValueError(f"radii is {list(radii)}; {len(stacked)} positive numbers are needed, one for each layer")
-    N = X.shape[0]
-    rows = _data_rows(X, N, stacked[-1].shape[1], len(stacked))
-    bad = [reason for a, reason in rows if not a.holds]
-    if bad:
-        return Certificate("Theorem P", False, tuple(a for a, _ in rows), {}, bad[0])
-    s = spectra(X, Y, stacked)
-    if radii is None:
-        ball = paper_fixed_point(s)
-    else:
-        ball = paper_map(s, torch.tensor(list(radii), dtype=s.w.dtype, device=s.w.device).expand_as(s.w))
-    necessary = necessary_condition(s, N)
-    members = [_paper_one(s.member(i), ball, float(necessary[i]), i, [a for a, _ in rows]) for i in range(len(s.R_0))]
-    return _gather(members)
+    rows, reason = _data_rows(X, stacked[-1].shape[1], len(stacked))
+    if reason:
+        return silent("Theorem P", rows, reason)
+    members = []
+    for i in range(len(stacked[0])):
+        s = _measured_spectra(X, Y, [W[i] for W in stacked])
+        at = paper_fixed_point(s) if radii is None else paper_map(s, s.w.new_tensor([float(c) for c in radii]))
+        members.append(_paper_one(s, at, float(necessary_condition(s, len(X))), rows))
+    return gather(members, key=lambda member: member.quantities["alpha_0"])
 
 
-def _paper_one(s: Spectra, ball: PaperAtRadii, necessary: float, i: int, rows: list[Assumption]) -> Certificate:
-    alpha_0, step = float(s.alpha_0), float(ball.step[i])
+def _paper_one(s: Spectra, at: PaperAtRadii, necessary: float, rows: list[Assumption]) -> Certificate:
+    alpha_0, step = float(s.alpha_0), float(at.step)
     rows = [*rows, compare("α₀ = σ_N(F_{L-1})", alpha_0, ">", 0.0)]
-    found = bool(ball.C[i].any())  # optimal radii that do not exist come back as zeros
+    found = bool(at.C.any())  # optimal radii that do not exist come back as zeros
     if found:
         names = ("(i) α₀² / right side", "(ii) α₀³ / right side", "(iii) α₀² / right side")
-        rows += [compare(name, float(r), ">=", 1.0) for name, r in zip(names, ball.ratios[i], strict=True)]
+        rows += [compare(name, float(r), ">=", 1.0) for name, r in zip(names, at.ratios, strict=True)]
     else:
         rows.append(compare("(i) is satisfied by some radii", False, "is", True))
-    rows.append(assumed("full-batch gradient descent in exact arithmetic, no biases"))
-    quantities = {"alpha_0": alpha_0, "R_0": float(s.R_0), "necessary": necessary}
-    if found:
-        rate = step * alpha_0**2 / 8
-        quantities |= {"max_step": step, "rate": rate, "radii": ball.C[i].tolist()}
+    rows.append(assumed(_DESCENT))
+    quantities = {"alpha_0": alpha_0, "R_0": float(s.R_0)}
+    if math.isfinite(necessary):
+        quantities["necessary"] = necessary
     broken = [a.name.split(" ")[0] for a in rows if not a.holds]
+    if found and not broken:
+        quantities |= {"max_step": step, "rate": step * alpha_0**2 / 8, "radii": at.C.tolist()}
     reason = f"condition {', '.join(broken)} fails" if found else "no_radii: no C satisfies condition (i)"
     return Certificate("Theorem P", not broken, tuple(rows), quantities, "" if not broken else reason)
 
@@ -385,6 +420,7 @@ def _paper_one(s: Spectra, ball: PaperAtRadii, necessary: float, i: int, rows: l
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
+@checked
 def train(
     X: Float[Tensor, "N d"],
     Y: Float[Tensor, "N K"],
@@ -400,7 +436,7 @@ def train(
     Args:
         X: inputs, shape (N, d).
         Y: targets, shape (N, K).
-        weights: initial weights, L tensors of shape (S, n_in, n_out) or (n_in, n_out).
+        weights: initial weights, L >= 2 tensors of shape (S, n_in, n_out) or (n_in, n_out).
         step: the step size eta for the loss ``0.5 * ||F_{L-1} W_L - Y||_F^2``, one number or one for each network.
         steps: how many steps.
         certificate: what `certify` said about these weights; computed here when omitted (float64 only).
@@ -411,35 +447,53 @@ def train(
         ``||W_l - W_l^0||_F``, and ``drift`` (T, S), ``||F_{L-1} - F_{L-1}^0||_F``.
 
     Warns:
-        UserWarning: the certificate holds, but only for smaller steps.
+        UserWarning: the certificate of a network holds, but only for smaller steps.
 
     Raises:
-        ValueError, TypeError: as `descent.train`.
+        ValueError, TypeError: as `descent.train`; a certificate of other weights or data.
+
+    Source: Theorem C, derived in lesson 1.
     """
-    data.check(X, Y, geometry=False)
-    networks.check_weights(weights, X, Y)
-    start = [W.clone() for W in networks.as_ensemble(weights)]
-    if certificate is None and X.dtype == torch.float64 and len(start) > 1:
+    start = [W.clone() for W in _network(X, Y, weights)]
+    F, R = finite_features(X, Y, start)
+    F_0 = F[-1]
+    if certificate is None and X.dtype == torch.float64:
         certificate = certify(X, Y, start)
-    largest = float(torch.as_tensor(step, dtype=torch.float64).max())
-    if certificate is not None and certificate.holds and largest > certificate.quantities["max_step"]:
-        bound = certificate.quantities["max_step"]
-        warnings.warn(
-            f"step is {largest:.3g}; Theorem C allows at most {bound:.3g}, so this run is not covered",
-            stacklevel=2,
-        )
-    F_0 = networks.features(start, X)[-1]
-    N, width = F_0.shape[-2:]
+    if certificate is not None:
+        _check_covered(certificate, step, rigor.norm(R.flatten(-2)), singular_ends(F_0)[0])
 
     def sigma_min(state: descent.State) -> Tensor:
-        F = networks.features(state.weights, X)[-1]
-        return torch.linalg.svdvals(F)[:, N - 1] if width >= N else F.new_zeros(len(F))
+        return singular_ends(networks.features(state.weights, X)[-1])[0]
 
     def moves(state: descent.State) -> Tensor:
-        return torch.stack([torch.linalg.matrix_norm(W - V) for W, V in zip(state.weights, start, strict=True)], -1)
+        return torch.stack([rigor.norm((W - V).flatten(-2)) for W, V in zip(state.weights, start, strict=True)], -1)
 
     def drift(state: descent.State) -> Tensor:
-        return torch.linalg.matrix_norm(networks.features(state.weights, X)[-1] - F_0)
+        return rigor.norm((networks.features(state.weights, X)[-1] - F_0).flatten(-2))
 
-    observe = {"sigma_min": sigma_min, "moves": moves, "drift": drift} | options.pop("observe", {})
+    observe = {"sigma_min": sigma_min, "moves": moves, "drift": drift} | (options.pop("observe", None) or {})
     return descent.train(weights, X, Y, step, steps, observe=observe, **options)
+
+
+def _check_covered(certificate: Certificate, step: float | Tensor, R_0: Tensor, alpha_0: Tensor) -> None:
+    """Refuse a certificate of another network; warn of steps that a network's own certificate does not allow."""
+    members = certificate.members or (certificate,)
+    if not any(m.holds and "rho" in m.quantities for m in members):
+        return  # nothing is promised
+    if len(members) != len(R_0):
+        raise ValueError(f"certificate is of {len(members)} networks, weights hold {len(R_0)}; the same are needed")
+    beyond = []
+    for member, eta, residual, smallest in zip(
+        members, _steps(step, len(members)), R_0.tolist(), alpha_0.tolist(), strict=True
+    ):
+        q = member.quantities
+        if member.holds and (residual > q["R_0"] * (1 + 1e-6) or smallest < q["alpha_0"] * (1 - 1e-6)):
+            found = f"R₀ ≤ {q['R_0']:.3g} and α₀ ≥ {q['alpha_0']:.3g}, here they are {residual:.3g} and {smallest:.3g}"
+            raise ValueError(f"certificate says {found}; one of these weights and data is needed")
+        if member.holds and eta > q["max_step"]:
+            beyond.append((eta, q["max_step"]))
+    if beyond:
+        warnings.warn(
+            f"step is {beyond[0][0]:.3g}; Theorem C allows at most {beyond[0][1]:.3g}, so this run is not covered",
+            stacklevel=4,
+        )
