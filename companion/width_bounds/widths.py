@@ -20,7 +20,7 @@ def proxy_spectra(
     X: Float[Tensor, "N d"],
     Y: Float[Tensor, "N K"],
     lower: Sequence[Tensor],
-    n: Float[Tensor, ...] | float,
+    n: Float[Tensor, "*batch"] | float,
     *,
     scale: float = 1.0,
     last: Literal["zero", "lecun"] = "zero",
