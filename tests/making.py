@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from companion import data, minimum_norm
+from companion import data, minimum_norm, networks
 
 
 def seeded(seed=0):
@@ -68,3 +68,11 @@ def e1_at(w=math.pi / 2, v=1.0):
     weights = [torch.tensor([[[t]]], dtype=torch.float64) for t in (w, v)]
     X, Y = torch.tensor([[1.0], [3.0]], dtype=torch.float64), torch.tensor([[-2.0], [-4.0]], dtype=torch.float64)
     return weights, X, Y
+
+
+def relu_problem(N, d, widths, seed, *, beta=1.0, S=None, radius=1.0):
+    """Points on a sphere, random signs, and a ReLU network with ``W_L = 0``, its first layer standard normal."""
+    generator = seeded(seed)
+    X, Y = data.sphere(N, d, generator, radius=radius), data.signs(N, generator)
+    schemes = ["gaussian"] + ["lecun"] * (len(widths) - 2)
+    return X, Y, networks.init_mlp(widths, scheme=schemes, beta=beta, zero_last=True, S=S, generator=generator)
