@@ -88,32 +88,6 @@ def ldl_pivots(A: Sequence[Sequence[Any]]) -> list[Any]:
     return pivots
 
 
-def null_space(A: Sequence[Sequence[Fraction]]) -> list[list[Fraction]]:
-    """A basis of ``{z : A z = 0}`` over the rationals (Gauss-Jordan elimination)."""
-    rows = [list(map(Fraction, r)) for r in A]
-    n, lead, pivots = len(rows[0]), 0, []
-    for column in range(n):
-        found = next((r for r in range(lead, len(rows)) if rows[r][column] != 0), None)
-        if found is None:
-            continue
-        rows[lead], rows[found] = rows[found], rows[lead]
-        rows[lead] = [t / rows[lead][column] for t in rows[lead]]
-        for r in range(len(rows)):
-            if r != lead and rows[r][column] != 0:
-                factor = rows[r][column]
-                rows[r] = [t - factor * s for t, s in zip(rows[r], rows[lead], strict=True)]
-        pivots.append(column)
-        lead += 1
-    basis = []
-    for free in (c for c in range(n) if c not in pivots):
-        z = [Fraction(0)] * n
-        z[free] = Fraction(1)
-        for r, c in enumerate(pivots):
-            z[c] = -rows[r][free]
-        basis.append(z)
-    return basis
-
-
 # --- exact ------------------------------------------------------------------------------------------------------------
 
 

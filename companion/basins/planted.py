@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from companion import rigor
 from companion.basins import exact, langevin
 from companion.basins.certificates import BOUNDS, certify_strict_minimum, kantorovich
 from companion.basins.exact import ExactPoint
@@ -87,7 +88,7 @@ def no_basin(
     if sigma.name in _HOMOGENEOUS:
         row = Assumption(f"{sigma.name} is positively homogeneous", True, "is", True, "exact", True)
         return Certificate("Corollary of P': no basin at any width", True, (*smooth, row), found)
-    if X is not None and (rank := _exact_rank(X)) < X.shape[1]:
+    if X is not None and (rank := rigor.exact_rank(X.double())) < X.shape[1]:
         rows = (*smooth, compare("rank X < D", rank, "<", X.shape[1], "exact"))
         return Certificate("Corollary of P': no basin at any width", True, rows, found | {"rank X": rank})
     width = compare(f"width m >= {samples}", m, ">=", needed, "exact")
@@ -95,35 +96,6 @@ def no_basin(
     holds = width.holds and convex.holds
     reason = "" if holds else (f"width: m < {samples}" if not width.holds else "loss: quasi-convexity was not given")
     return Certificate("Theorem P': no bad basin", holds, (*smooth, convex, width), found, reason)
-
-
-def _exact_rank(X: Tensor) -> int:
-    """The rank of the stored floats, by elimination over the integers; a few rows are tried first."""
-    X = X[:, (X != 0).any(0)]
-    few = 3 * X.shape[1]
-    if X.shape[1] == 0 or (len(X) > few and _bareiss_rank(X[:few]) == X.shape[1]):
-        return X.shape[1]
-    return _bareiss_rank(X)
-
-
-def _bareiss_rank(X: Tensor) -> int:
-    rows = [[Fraction(t) for t in row] for row in X.tolist()]
-    scale = math.lcm(*(t.denominator for row in rows for t in row))
-    rows = [[int(t * scale) for t in row] for row in rows]
-    rank, previous = 0, 1
-    for column in range(X.shape[1]):
-        found = next((r for r in range(rank, len(rows)) if rows[r][column]), None)
-        if found is None:
-            continue
-        rows[rank], rows[found] = rows[found], rows[rank]
-        lead = rows[rank]
-        for r in range(rank + 1, len(rows)):  # fraction-free elimination: every division is exact
-            head = rows[r][column]
-            rows[r] = [(lead[column] * t - head * s) // previous for t, s in zip(rows[r], lead, strict=True)]
-        previous, rank = lead[column], rank + 1
-        if rank == len(rows):
-            break
-    return rank
 
 
 # --- below the width: bad strict minima -------------------------------------------------------------------------------
@@ -370,7 +342,7 @@ def exact_bad_minimum(act: str, a: Sequence[int], x: Sequence[int], base: Any) -
     jets = point.jets(X)
     nodes = [[jets[n][j][0] for n in range(N)] for j in range(m)]
     nodes += [[X[n][0] * jets[n][j][1] for n in range(N)] for j in range(m)]
-    kernel = exact.null_space(nodes)
+    kernel = rigor.null_space(nodes)
     e, second = None, []
     for power in range(1, 6):  # combinations of the kernel's basis until no g'' vanishes
         trial = [sum(Fraction((i + 1) ** (power - 1)) * z[n] for i, z in enumerate(kernel)) for n in range(N)]

@@ -25,8 +25,8 @@ from companion import rigor
 from companion.certificate import Assumption, Certificate, assumed, compare
 from companion.networks.layers import Sine, Softplus
 from companion.rigor import modules
-from companion.rigor.linear_algebra import UNIT
 from companion.rigor.modules import BATCH, Network, NoEnclosure
+from companion.rigor.rounding import UNIT
 
 ANALYTIC: tuple[Any, ...] = (
     Softplus, Sine, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU,

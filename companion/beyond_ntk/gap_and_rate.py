@@ -25,8 +25,8 @@ from companion import rigor
 from companion.beyond_ntk.expressivity import LIBRARY, Head, equal_inputs, head, library_row, silent
 from companion.certificate import Certificate, assumed, compare
 from companion.rigor import modules
-from companion.rigor.linear_algebra import UNIT, gamma, round_down, round_up
 from companion.rigor.modules import BATCH, NoEnclosure
+from companion.rigor.rounding import UNIT, gamma, round_down, round_up
 
 Loss = Literal["squared", "cross_entropy"]
 LOSSES = ("squared", "cross_entropy")

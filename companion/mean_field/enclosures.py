@@ -39,7 +39,7 @@ def _ball_chart(block: BallBump, theta: Tensor) -> tuple[Interval, Interval, Int
     omega = point(theta[None, :, 1:])
     q = (omega.square().sum(-1) + 1.0).sqrt().reciprocal().unsqueeze(-1)
     zeta = omega * q
-    return point(theta[None, :, :1]), zeta[..., : block.d], zeta[..., block.d :] * block.R, q
+    return point(theta[None, :, :1]), zeta[..., : block.d], zeta[..., block.d :] * point(block.R), q
 
 
 def _ball_value(block: BallBump, z: Interval, theta: Tensor) -> Interval:
@@ -52,7 +52,7 @@ def _ball_products(block: BallBump, z: Interval, theta: Tensor, p: Interval) -> 
     gap = z - centre
     bump = _bump(gap)
     pairs = bump * (p * b).sum(-1).unsqueeze(-1)  # p.f / u
-    g_b, g_c = u * bump * p, u * pairs * gap * block.R
+    g_b, g_c = u * bump * p, u * pairs * gap * point(block.R)
     zeta, g = cat([b, centre * point(block.R).reciprocal()], -1), cat([g_b, g_c], -1)
     inner = (zeta * g).sum(-1).unsqueeze(-1)
     return -(u * pairs * gap), cat([pairs, q * (g - zeta * inner)], -1)
@@ -60,7 +60,7 @@ def _ball_products(block: BallBump, z: Interval, theta: Tensor, p: Interval) -> 
 
 def _gauss(block: GaussBump, z: Interval, theta: Tensor) -> tuple[Interval, Interval]:
     gap = z - point(theta[None])
-    return gap, point(0.5).exp() * block.alpha * _bump(gap)
+    return gap, point(0.5).exp() * point(block.alpha) * _bump(gap)
 
 
 def _gauss_value(block: GaussBump, z: Interval, theta: Tensor) -> Interval:

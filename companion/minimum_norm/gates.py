@@ -29,38 +29,6 @@ def largest_eigenvalue(A: Float[Tensor, "*S N N"]) -> Float[Tensor, "*S"]:
     return torch.linalg.eigvalsh(A)[..., -1].clamp_min(0)
 
 
-def eig_min_lower(G: Float[Tensor, "N N"], radius: Float[Tensor, "N N"]) -> float:
-    """Bound ``lambda_min`` of every symmetric matrix within `radius` of G from below, rounding errors included.
-
-    For any c and L, ``lambda_min >= c - ||G - c I - L L^T|| - ||radius||``; c is a little below the computed eigenvalue
-    and L the computed Cholesky factor, which need not be trusted.
-
-    Args:
-        G: float64 matrix, its lower triangle is read.
-        radius: nonnegative entries.
-
-    Returns:
-        The bound, 0.0 when nothing positive is shown.
-    """
-    G, radius = (A.tril() + A.tril(-1).T for A in (G.cpu(), radius.cpu()))
-    guess, noise, best = float(torch.linalg.eigvalsh(G)[0]), rigor.frobenius_norm_upper(radius), 0.0
-    eye = torch.eye(len(G), dtype=G.dtype)
-    for share in (1e-6, 1e-4, 1e-2, 0.1):
-        c = (1 - share) * guess
-        if not c > 0:
-            break
-        L, info = torch.linalg.cholesky_ex(G - c * eye)
-        if int(info):
-            continue
-        product = L @ L.T
-        left = G - c * eye - product
-        # each of the two subtractions rounds by at most u times its operands
-        left = left.abs() + 4 * _UNIT * (G.abs() + c * eye + product.abs())
-        error = rigor.frobenius_norm_upper(left) + rigor.product_error(L, L.T) + noise
-        best = max(best, rigor.round_down(c - rigor.round_up(error, 4), 2))
-    return best
-
-
 class Fragile(NamedTuple):
     """Counts over the neurons when every gate with ``|z_ri| <= tau_i`` may flip, each ``(S, N, N)``, int64.
 
@@ -154,7 +122,7 @@ class Problem(NamedTuple):
             floor = gram.shape[-1] * torch.finfo(gram.dtype).eps * values[..., -1]
             return torch.where(values[..., 0] > floor, values[..., 0], 0.0)
         radius = rigor.product_radius(self.X, self.X.T) + 4 * _UNIT * gram[0].abs().amax()
-        return torch.tensor([eig_min_lower(G, radius) for G in gram]).to(gram)
+        return torch.tensor([rigor.eig_min_lower(G, radius) for G in gram]).to(gram)
 
     def largest(self, gram: Tensor) -> Tensor:
         """``lambda_max``, or a rigorous upper bound."""

@@ -1,14 +1,6 @@
 """Arithmetic whose results are theorems."""
 
-from companion.rigor.intervals import (
-    LN2,
-    LN2_REST,
-    Interval,
-    cat,
-    point,
-)
-from companion.rigor.linear_algebra import (
-    UNIT,
+from companion.rigor.balls import (
     Ball,
     add_ball,
     avgpool_ball,
@@ -16,20 +8,23 @@ from companion.rigor.linear_algebra import (
     check_ball,
     conv2d_ball,
     dense_ball,
-    exact_sigma_min_exceeds,
-    frobenius_norm_upper,
-    gamma,
     maxpool_ball,
+    relu_ball,
+    sigmoid_ball,
+    softplus_ball,
+    tanh_ball,
+)
+from companion.rigor.intervals import Interval, cat, point, stack
+from companion.rigor.linear_algebra import (
+    eig_min_lower,
+    frobenius_norm_upper,
+    gram,
+    norm,
     product_error,
     product_radius,
-    relu_ball,
-    round_down,
-    round_up,
     sigma_min_lower,
-    softplus_ball,
+    spectral_norm,
     spectral_norm_upper,
-    tanh_ball,
-    to_fractions,
 )
 from companion.rigor.modules import (
     ASSUMES_LIBRARY,
@@ -45,15 +40,16 @@ from companion.rigor.modules import (
     inputs,
     read,
 )
+from companion.rigor.rationals import exact_rank, exact_sigma_min_exceeds, null_space, to_fractions
+from companion.rigor.rounding import TINY, UNIT, gamma, round_down, round_up
 
 __all__ = [
     "ASSUMES_LIBRARY",
     "BATCH",
     "FUNCTIONS",
-    "LN2",
-    "LN2_REST",
     "METHODS",
     "MODULES",
+    "TINY",
     "UNIT",
     "Ball",
     "Interval",
@@ -68,12 +64,17 @@ __all__ = [
     "check_ball",
     "conv2d_ball",
     "dense_ball",
+    "eig_min_lower",
     "enclose",
+    "exact_rank",
     "exact_sigma_min_exceeds",
     "frobenius_norm_upper",
     "gamma",
+    "gram",
     "inputs",
     "maxpool_ball",
+    "norm",
+    "null_space",
     "point",
     "product_error",
     "product_radius",
@@ -82,8 +83,11 @@ __all__ = [
     "round_down",
     "round_up",
     "sigma_min_lower",
+    "sigmoid_ball",
     "softplus_ball",
+    "spectral_norm",
     "spectral_norm_upper",
+    "stack",
     "tanh_ball",
     "to_fractions",
 ]

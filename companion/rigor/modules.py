@@ -1,4 +1,4 @@
-"""Where a network's true outputs lie: the balls of `companion.verified`, strung together along a network of the user.
+"""Where a network's true outputs lie: the balls of its layers, strung together along a network of the user.
 
 The true network is the one whose parameters are the stored floats and whose arithmetic is exact. `enclose` evaluates it
 in float64, layer by layer, and carries beside each number a radius that holds everything the rounding can have done::
@@ -8,7 +8,7 @@ in float64, layer by layer, and carries beside each number a radius that holds e
 The network is read with ``torch.fx``: containers and modules of the user's own are walked through, and what they do
 must be made of layers and functions with an enclosure. Anything else raises `NoEnclosure`, which names it. BatchNorm
 and dropout are those of evaluation mode; the model itself is copied and never touched. The arithmetic is that of
-`companion.verified`; of ``exp``, ``log1p`` and ``tanh`` a relative accuracy of 8 u is assumed.
+`companion.rigor.balls`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from jaxtyping import Float
 from torch import Tensor, fx, nn
 
 from companion.networks.layers import Residual, Softplus
-from companion.rigor import linear_algebra
-from companion.rigor.linear_algebra import Ball
+from companion.rigor import balls
+from companion.rigor.balls import Ball
 
 BATCH = 256
 
@@ -45,7 +45,7 @@ def _same(module: nn.Module, h: Tensor, D: Tensor) -> Ball:
 
 
 def _linear(module: nn.Linear, h: Tensor, D: Tensor) -> Ball:
-    return linear_algebra.dense_ball(h, D, module.weight, module.bias)
+    return balls.dense_ball(h, D, module.weight, module.bias)
 
 
 def _conv2d(module: nn.Conv2d, h: Tensor, D: Tensor) -> Ball:
@@ -57,7 +57,7 @@ def _conv2d(module: nn.Conv2d, h: Tensor, D: Tensor) -> Ball:
         if padding == "same" and any(t % 2 for t in total):
             raise NoEnclosure("no enclosure for Conv2d with padding 'same' and an even window")
         padding = tuple(t // 2 for t in total) if padding == "same" else 0
-    return linear_algebra.conv2d_ball(
+    return balls.conv2d_ball(
         h, D, module.weight, module.bias,
         stride=module.stride, padding=padding, dilation=module.dilation, groups=module.groups,
     )  # fmt: skip
@@ -66,9 +66,7 @@ def _conv2d(module: nn.Conv2d, h: Tensor, D: Tensor) -> Ball:
 def _batchnorm(module: nn.BatchNorm1d | nn.BatchNorm2d, h: Tensor, D: Tensor) -> Ball:
     if module.running_mean is None or module.running_var is None:
         raise NoEnclosure(f"no enclosure for {type(module).__name__} without stored statistics")
-    return linear_algebra.batchnorm_ball(
-        h, D, module.running_mean, module.running_var, module.weight, module.bias, module.eps
-    )
+    return balls.batchnorm_ball(h, D, module.running_mean, module.running_var, module.weight, module.bias, module.eps)
 
 
 def _window(size: int | tuple[int, ...]) -> int:
@@ -76,17 +74,17 @@ def _window(size: int | tuple[int, ...]) -> int:
 
 
 def _avgpool(module: nn.AvgPool2d, h: Tensor, D: Tensor) -> Ball:
-    return linear_algebra.avgpool_ball(h, D, module, _window(module.kernel_size))
+    return balls.avgpool_ball(h, D, module, _window(module.kernel_size))
 
 
 def _adaptive(module: nn.AdaptiveAvgPool2d, h: Tensor, D: Tensor) -> Ball:
-    return linear_algebra.avgpool_ball(h, D, module, math.prod(h.shape[2:]))
+    return balls.avgpool_ball(h, D, module, math.prod(h.shape[-2:]))
 
 
 def _maxpool(module: nn.MaxPool2d, h: Tensor, D: Tensor) -> Ball:
     if module.return_indices:
         raise NoEnclosure("no enclosure for MaxPool2d with return_indices")
-    return linear_algebra.maxpool_ball(h, D, module)
+    return balls.maxpool_ball(h, D, module)
 
 
 def _reshaped(reshape: Callable[[Tensor], Tensor], h: Tensor, D: Tensor) -> Ball:
@@ -110,10 +108,10 @@ MODULES: dict[type[nn.Module], Callable[[Any, Tensor, Tensor], Ball]] = {
     nn.Dropout: _same,
     nn.Dropout1d: _same,
     nn.Dropout2d: _same,
-    nn.ReLU: lambda module, h, D: linear_algebra.relu_ball(h, D),
-    nn.Tanh: lambda module, h, D: linear_algebra.tanh_ball(h, D),
-    nn.Softplus: lambda module, h, D: linear_algebra.softplus_ball(h, D, module.beta, module.threshold),
-    Softplus: lambda module, h, D: linear_algebra.softplus_ball(h, D, module.beta),
+    nn.ReLU: lambda module, h, D: balls.relu_ball(h, D),
+    nn.Tanh: lambda module, h, D: balls.tanh_ball(h, D),
+    nn.Softplus: lambda module, h, D: balls.softplus_ball(h, D, module.beta, module.threshold),
+    Softplus: lambda module, h, D: balls.softplus_ball(h, D, module.beta),
 }
 ASSUMES_LIBRARY = (nn.Tanh, nn.Softplus, Softplus)
 
@@ -121,7 +119,7 @@ ASSUMES_LIBRARY = (nn.Tanh, nn.Softplus, Softplus)
 def _add(first: Any, second: Any) -> Ball:
     if not (_is_ball(first) and _is_ball(second)):
         raise NoEnclosure("no enclosure for a sum with a constant")
-    return linear_algebra.add_ball(*first, *second)
+    return balls.add_ball(*first, *second)
 
 
 def _unary(ball: Callable[..., Ball]) -> Callable[..., Ball]:
@@ -151,10 +149,10 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     operator.add: _add,
     operator.iadd: _add,
     torch.add: _add,
-    F.relu: _unary(linear_algebra.relu_ball),
-    torch.relu: _unary(linear_algebra.relu_ball),
-    F.tanh: _unary(linear_algebra.tanh_ball),
-    torch.tanh: _unary(linear_algebra.tanh_ball),
+    F.relu: _unary(balls.relu_ball),
+    torch.relu: _unary(balls.relu_ball),
+    F.tanh: _unary(balls.tanh_ball),
+    torch.tanh: _unary(balls.tanh_ball),
     F.dropout: _dropout,
     torch.flatten: _flatten,
     F.adaptive_avg_pool2d: _pool_function(nn.AdaptiveAvgPool2d, _adaptive),
@@ -165,8 +163,8 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
 }
 METHODS: dict[str, Callable[..., Any]] = {
     "add": _add,
-    "relu": _unary(linear_algebra.relu_ball),
-    "tanh": _unary(linear_algebra.tanh_ball),
+    "relu": _unary(balls.relu_ball),
+    "tanh": _unary(balls.tanh_ball),
     "flatten": _flatten,
     "view": _reshape,
     "reshape": _reshape,

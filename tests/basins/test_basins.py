@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from companion import basins, data, networks
 from companion.basins import certificates as strict_minima
 from companion.basins import exact as shallow_exact
-from companion.basins import langevin, planted, roads, shallow
+from companion.basins import langevin, roads, shallow
 from companion.rigor import arbs
 
 F64 = torch.float64
@@ -196,17 +196,6 @@ def test_the_digits_have_no_basin_at_any_width_because_pixels_are_empty():
     assert certificate.quantities["rank X"] == 61
 
 
-@given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 10))
-@settings(max_examples=25)
-def test_exact_rank_is_the_rank_of_small_integer_matrices(rank, columns, seed):
-    g = torch.Generator().manual_seed(seed)
-    A = (
-        torch.randint(-3, 4, (5, rank), generator=g).double()
-        @ torch.randint(-3, 4, (rank, columns), generator=g).double()
-    )
-    assert planted._exact_rank(A) == int(torch.linalg.matrix_rank(A))
-
-
 def test_a_relu_ray_keeps_the_loss():
     (W, V), X, _ = problem(1, 6, 3, 2)
     f = networks.forward([W, V], X, "relu")
@@ -254,12 +243,10 @@ def test_exact_jets_are_the_activations(k, b):
             assert float(exact) == pytest.approx(float(close), rel=1e-9, abs=1e-12)
 
 
-def test_ldl_pivots_and_null_space():
+def test_ldl_pivots():
     A = [[Fraction(2), Fraction(1)], [Fraction(1), Fraction(1)]]
     assert shallow_exact.ldl_pivots(A) == [2, Fraction(1, 2)]
     assert shallow_exact.ldl_pivots([[Fraction(1), Fraction(2)], [Fraction(2), Fraction(1)]]) == [1, -3]
-    (z,) = shallow_exact.null_space([[Fraction(1), Fraction(2), Fraction(0)], [Fraction(0), Fraction(0), Fraction(1)]])
-    assert z == [-2, 1, 0]
 
 
 def test_exponentials_touch_only_below_half_the_width():

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from companion import data, networks
+from companion import rigor as verified
 from companion.beyond_ntk import expressivity, vision
 from companion.beyond_ntk.expressivity import certify_expressivity, equal_inputs, head, separation
-from companion.rigor import linear_algebra as verified
 from companion.rigor import modules as enclosures
 
 

@@ -462,6 +462,6 @@ def test_bad_arguments(unchecked):
 
 
 def test_verified_is_the_only_arithmetic(monkeypatch):
-    """A dishonest sigma bound shows: the rate rests on `verified.sigma_min_lower` and nothing else."""
+    """A dishonest sigma bound shows: the rate rests on `rigor.sigma_min_lower` and nothing else."""
     monkeypatch.setattr(rigor, "sigma_min_lower", lambda M, method: 0.0)
     assert not certify_rate(MODEL, X).holds

@@ -8,10 +8,10 @@ from torch import nn
 
 from companion import beyond_ntk as by
 from companion import data, networks
+from companion import rigor as verified
 from companion.beyond_ntk import expressivity, vision
 from companion.beyond_ntk import gap_and_rate as loss_gap
 from companion.beyond_ntk import recipe as two_phase
-from companion.rigor import linear_algebra as verified
 
 
 def seeded(seed=0):

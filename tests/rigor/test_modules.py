@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import re
+from fractions import Fraction
 
 import pytest
 import torch
@@ -12,8 +13,7 @@ from torch import nn
 
 from companion import networks
 from companion.beyond_ntk import vision
-from companion.rigor import linear_algebra as verified
-from companion.rigor import modules as enclosures
+from companion.rigor import balls, modules
 from companion.rigor.modules import NoEnclosure
 
 try:
@@ -157,7 +157,7 @@ def trials(make, seeds, samples):
         if seed % 4 == 1 and shape[0] > 1:
             X[:, 1] = X[:, 0]  # now the first dense layer cancels
         X = X if seed % 2 else X.float()
-        value, radius = enclosures.enclose(model, X)
+        value, radius = modules.enclose(model, X)
         with flint.ctx.workprec(400):
             for x, q, D in zip(X.double().tolist(), value.tolist(), radius.tolist(), strict=True):
                 exact = true_layer(model, [flint.arb(v) for v in x])
@@ -204,7 +204,7 @@ def chain(layer, image=False):
     ],
 )
 def test_a_layer_that_forgets_a_radius_is_caught(monkeypatch, rule, make):
-    honest = getattr(verified, rule)
+    honest = getattr(balls, rule)
     seeds = range(1, 401, 4)  # of these the first layer cancels
 
     def forgetful(value, radius, *rest, **options):
@@ -217,10 +217,10 @@ def test_a_layer_that_forgets_a_radius_is_caught(monkeypatch, rule, make):
         return value, torch.zeros_like(radius)
 
     assert trials(make, seeds, 2)[0] == 0
-    monkeypatch.setattr(enclosures, "_check_against_forward", lambda *arguments: None)
-    monkeypatch.setattr(verified, rule, forgetful)
+    monkeypatch.setattr(modules, "_check_against_forward", lambda *arguments: None)
+    monkeypatch.setattr(balls, rule, forgetful)
     assert rule == "dense_ball" or trials(make, seeds, 2)[0] > 0  # the first layer is dense: no radius to forget
-    monkeypatch.setattr(verified, rule, mute)
+    monkeypatch.setattr(balls, rule, mute)
     assert trials(make, seeds, 2)[0] > 0
 
 
@@ -228,7 +228,7 @@ def test_trials_cover_every_layer():
     made = [make(torch.Generator(), seed)[0] for make in (mlp, resnet) for seed in range(400)]
     seen = {type(part) for model in made for part in model.modules()}
     untested = {nn.Softplus, nn.Dropout1d, nn.Dropout2d}  # below, and identities
-    assert set(enclosures.MODULES) - seen == untested
+    assert set(modules.MODULES) - seen == untested
 
 
 # --- Networks of the user ---------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def seeded(model, seed=0):
 def test_own_module_and_own_resnet():
     for model, X in ((seeded(Own()), gaussian(7, 1, 8, 8)), (resnet_of_digits(), gaussian(9, 64))):
         model = model.double()
-        value, radius = enclosures.enclose(model, X)
+        value, radius = modules.enclose(model, X)
         with torch.no_grad():
             expected = copy.deepcopy(model).eval()(X)
         assert ((value - expected).abs() <= 2 * radius).all()
@@ -284,27 +284,27 @@ def test_views_and_shapes():
 
     for model in (Shapes(), Method()):
         model, X = seeded(model).double().eval(), gaussian(3, 1, 8, 8)
-        value, radius = enclosures.enclose(model, X)
+        value, radius = modules.enclose(model, X)
         assert ((value - model(X).detach()).abs() <= 2 * radius).all()
         assert radius.max() < 1e-12 * value.abs().max()
 
 
 def test_before_and_blocks():
     model, X = resnet_of_digits(), gaussian(11, 64)
-    whole = enclosures.enclose(model, X, before=model.wide)
-    parts = list(enclosures.blocks(model, X, before=model.wide, batch=4))
+    whole = modules.enclose(model, X, before=model.wide)
+    parts = list(modules.blocks(model, X, before=model.wide, batch=4))
     assert [len(v) for v, _ in parts] == [4, 4, 3]
     assert whole[0].shape == (11, 8)
     torch.testing.assert_close(torch.cat([v for v, _ in parts]), whole[0], rtol=1e-12, atol=1e-12)
     xi = nn.Sequential(*list(model.eval())[:-3])(X).detach()
     assert ((whole[0] - xi).abs() <= 2 * whole[1]).all()
-    again = enclosures.enclose(enclosures.read(model), X, before=model.wide)
+    again = modules.enclose(modules.read(model), X, before=model.wide)
     assert torch.equal(again[0], whole[0])
 
 
 def test_the_first_layer_sees_exact_inputs():
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
-    value, radius = enclosures.enclose(model, gaussian(5, 2, 2), before=model[1])
+    value, radius = modules.enclose(model, gaussian(5, 2, 2), before=model[1])
     assert torch.equal(value, gaussian(5, 2, 2).flatten(1))
     assert not radius.any()
 
@@ -313,7 +313,7 @@ def test_nothing_of_the_user_changes():
     model = resnet_of_digits().float().train()
     before, X = copy.deepcopy(model.state_dict()), gaussian(6, 64).float()
     state, kept = torch.get_rng_state(), X.clone()
-    enclosures.enclose(model, X)
+    modules.enclose(model, X)
     assert all(
         torch.equal(a, b) and a.dtype == b.dtype
         for a, b in zip(before.values(), model.state_dict().values(), strict=True)
@@ -327,14 +327,14 @@ def test_nothing_of_the_user_changes():
 def test_float32_parameters_are_cast_exactly():
     model, X = vision.mlp((3, 4, 5, 2), generator=torch.Generator().manual_seed(1), dtype=torch.float32), gaussian(4, 3)
     double = copy.deepcopy(model).double()
-    assert torch.equal(enclosures.enclose(model, X.float())[0], enclosures.enclose(double, X.float().double())[0])
+    assert torch.equal(modules.enclose(model, X.float())[0], modules.enclose(double, X.float().double())[0])
 
 
 def test_clipped_softplus_carries_its_jump():
     model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Softplus(threshold=5.0)).double()
     nn.init.ones_(model[0].weight)
     X = torch.linspace(-8, 8, 400, dtype=torch.float64)[:, None]
-    value, radius = enclosures.enclose(model, X)
+    value, radius = modules.enclose(model, X)
     assert ((value - model(X).detach()).abs() <= radius).all()
     assert radius.min() >= math.log1p(math.exp(-5.0))
 
@@ -344,7 +344,7 @@ def test_clipped_softplus_carries_its_jump():
 
 def refusal(model, X=None, **options):
     with pytest.raises(NoEnclosure) as caught:
-        enclosures.enclose(model, gaussian(4, 1, 8, 8) if X is None else X, **options)
+        modules.enclose(model, gaussian(4, 1, 8, 8) if X is None else X, **options)
     return str(caught.value)
 
 
@@ -402,12 +402,12 @@ def test_a_function_without_enclosure_is_named(unchecked, forward, name):
         pass
 
     Mine.forward = forward
-    network = enclosures.read(seeded(Mine())) if "traced" not in name else None
+    network = modules.read(seeded(Mine())) if "traced" not in name else None
     if network is None:
         message = refusal(seeded(Mine()))
     else:  # the walk alone, so that a forward that fails on these shapes is no excuse
         with pytest.raises(NoEnclosure) as caught:
-            enclosures._run(network, gaussian(4, 1, 8, 8), enclosures._output(network))
+            modules._run(network, gaussian(4, 1, 8, 8), modules._output(network))
         message = str(caught.value)
     assert re.search(name, message), message
 
@@ -451,15 +451,15 @@ def test_overwritten_numbers_are_refused():
         return h
 
     assert "it overwrites what another operation reads" in refusal(own(twice))
-    network = enclosures.read(own(view))
+    network = modules.read(own(view))
     with pytest.raises(NoEnclosure, match="overwrites"):
-        enclosures._run(network, gaussian(4, 1, 8, 8), enclosures._output(network))
+        modules._run(network, gaussian(4, 1, 8, 8), modules._output(network))
     assert "its forward computes something else" in refusal(own(alias))
     model = own(harmless).double()
-    value, radius = enclosures.enclose(model, gaussian(4, 1, 8, 8))
+    value, radius = modules.enclose(model, gaussian(4, 1, 8, 8))
     assert ((value - model(gaussian(4, 1, 8, 8)).detach()).abs() <= 2 * radius).all()
     chain = nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True), nn.Dropout(0.5, inplace=True), nn.Linear(3, 1))
-    enclosures.enclose(chain, gaussian(4, 3))
+    modules.enclose(chain, gaussian(4, 3))
     shared = nn.ReLU(inplace=True)
     skip = nn.Sequential(nn.Linear(3, 3), networks.Residual(shared, nn.Identity()), nn.Linear(3, 1))
     assert "overwrites" in refusal(skip, gaussian(4, 3))
@@ -468,7 +468,7 @@ def test_overwritten_numbers_are_refused():
 def test_a_misread_network_is_refused(monkeypatch):
     """The second line of defence: a wrong rule is noticed on the first rows."""
     model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1))
-    monkeypatch.setitem(enclosures.MODULES, nn.Tanh, lambda module, h, D: (h, D))
+    monkeypatch.setitem(modules.MODULES, nn.Tanh, lambda module, h, D: (h, D))
     assert refusal(model, gaussian(4, 3)) == "no enclosure for Sequential: its forward computes something else"
     assert "its forward computes something else" in refusal(model, gaussian(4, 3), before=model[2])
 
@@ -484,7 +484,7 @@ def test_conv_options_of_the_module():
     X = gaussian(3, 4, 9, 8)
     for options in ({"padding": "valid"}, {"padding": "same", "dilation": 2}, {"groups": 2, "stride": (2, 1)}):
         model = nn.Conv2d(4, 6, 3, **options).double()
-        value, radius = enclosures.enclose(model, X)
+        value, radius = modules.enclose(model, X)
         assert ((value - model(X).detach()).abs() <= 2 * radius).all()
 
 
@@ -523,14 +523,50 @@ LINE = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1))
 )
 def test_bad_inputs(unchecked, X, error, message):
     with pytest.raises(error, match=message):
-        enclosures.enclose(LINE, X)
+        modules.enclose(LINE, X)
 
 
 def test_bad_arguments(unchecked):
     X = torch.ones(2, 3)
     with pytest.raises(TypeError, match=r"model is a function; a torch.nn.Module is needed"):
-        enclosures.enclose(torch.relu if False else (lambda x: x), X)
+        modules.enclose(torch.relu if False else (lambda x: x), X)
     with pytest.raises(ValueError, match="batch is 0; a positive number of rows is needed"):
-        enclosures.enclose(LINE, X, batch=0)
+        modules.enclose(LINE, X, batch=0)
     with pytest.raises(ValueError, match="Linear is not a part of the model; one of its own modules is needed"):
-        enclosures.enclose(LINE, X, before=nn.Linear(3, 2))
+        modules.enclose(LINE, X, before=nn.Linear(3, 2))
+
+
+# --- Pools ------------------------------------------------------------------------------------------------------------
+
+
+def pooled(X, size):
+    """The means of an adaptive pool over the last two axes, in fractions."""
+
+    def windows(n, m):
+        return [range(i * n // m, -(-(i + 1) * n // m)) for i in range(m)]
+
+    rows, columns = (windows(n, m) for n, m in zip((len(X), len(X[0])), size, strict=True))
+    return [
+        sum((Fraction(X[a][b]) for a in r for b in c), Fraction(0)) / (len(r) * len(c)) for r in rows for c in columns
+    ]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (3, 2)])
+@pytest.mark.parametrize("axes", [3, 4])
+def test_adaptive_pools_of_three_and_four_axes(size, axes):
+    x = torch.rand(2, 3000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    X = x if axes == 3 else x[:, None]
+    value, radius = modules.enclose(nn.AdaptiveAvgPool2d(size), X)
+    exact = [mean for sample in x.tolist() for mean in pooled(sample, size)]
+    for v, r, mean in zip(value.flatten().tolist(), radius.flatten().tolist(), exact, strict=True):
+        assert abs(Fraction(v) - mean) <= Fraction(r)
+    assert float(radius.max()) < 1e-11
+
+
+def test_rows_in_another_order_are_not_told_apart_by_a_pool():
+    """Two inputs whose means are equal: a count of one axis for two once took them for different."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(3000, 2, generator=g, dtype=torch.float64)
+    X = torch.stack([x, x[torch.randperm(3000, generator=g)]])
+    value, radius = modules.enclose(nn.Sequential(nn.AdaptiveAvgPool2d((1, 2)), nn.Flatten()), X)
+    assert bool(((value[0] - value[1]).abs() <= radius[0] + radius[1]).all())

@@ -1,0 +1,99 @@
+"""Rounding outward, with and without numbers below 2^-1022."""
+
+import math
+import sys
+from fractions import Fraction
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import flushing
+
+from companion import rigor
+from companion.rigor import rounding
+
+SMALLEST = 2.0**-1022
+
+
+def number(x):
+    return torch.tensor(x, dtype=torch.float64)
+
+
+# --- Scalars ----------------------------------------------------------------------------------------------------------
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False), st.integers(1, 5))
+def test_rounding_steps_by_ulps_and_past_what_is_flushed(x, ulps):
+    up, down = rigor.round_up(x, ulps), rigor.round_down(x, ulps)
+    assert down < x < up
+    assert up >= x + SMALLEST
+    assert down <= x - SMALLEST
+    if abs(x) > 1e-290:
+        assert up == math.inf or rigor.round_down(up, ulps) == x
+        assert down == -math.inf or rigor.round_up(down, ulps) == x
+        if ulps == 1:
+            assert (up, down) == (math.nextafter(x, math.inf), math.nextafter(x, -math.inf))
+    assert (float(rounding.up(number(x))), float(rounding.down(number(x)))) == (rigor.round_up(x), rigor.round_down(x))
+
+
+def test_rounding_at_the_ends():
+    assert rigor.round_up(0.0) == rigor.TINY == -rigor.round_down(0.0)
+    assert rigor.round_up(math.inf) == math.inf
+    assert rigor.round_down(math.inf) == sys.float_info.max
+    assert rigor.round_down(-math.inf) == -math.inf
+    assert math.isnan(rigor.round_up(math.nan))
+    assert math.isnan(rigor.round_down(math.nan))
+
+
+@given(st.floats(0, 1e308), st.integers(-2000, 2000))
+def test_scaling_a_bound_keeps_its_side(x, k):
+    exact = Fraction(x) * Fraction(2) ** k
+    low, high = rounding.scaled_down(x, k), rounding.scaled_up(x, k)
+    assert Fraction(low) <= exact
+    assert math.isinf(high) or exact <= Fraction(high)
+    assert low == 0 or low >= SMALLEST
+    assert high == 0 or high >= SMALLEST
+    if SMALLEST <= exact <= sys.float_info.max and x >= SMALLEST:
+        assert low == high == math.ldexp(x, k)
+
+
+@given(st.integers(1, 10**9))
+def test_gamma_is_rounded_up(k):
+    u = Fraction(1, 2**53)
+    exact = k * u / (1 - k * u)
+    assert exact <= Fraction(rigor.gamma(k)) <= exact * (1 + 8 * u)
+
+
+# --- Tensors ----------------------------------------------------------------------------------------------------------
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False), st.integers(-2044, 2046))
+def test_scaled_is_exact_where_it_can_be(x, k):
+    exact = Fraction(x) * Fraction(2) ** k
+    found = float(rounding.scaled(number(x), k))
+    if abs(exact) > Fraction(sys.float_info.max):
+        assert found in (math.inf, -math.inf)
+    elif abs(exact) >= SMALLEST:
+        assert Fraction(found) == exact
+    else:
+        assert abs(Fraction(found) - exact) <= SMALLEST
+
+
+def test_scaled_is_exact_where_operands_are_flushed():
+    x = torch.tensor([5e-324, -3e-310, 0.0, -0.0, 2.0**-1022, 1.0, -1e300], dtype=torch.float64)
+    k = torch.tensor([1074, 1500, 3, 3, 1022, -1022, 4])
+    expected = rounding.scaled(x, k)
+    with flushing():
+        found = rounding.scaled(x, k)
+        tiny = rounding.has_subnormal(x), rounding.has_subnormal(x[2:])
+    assert torch.equal(found, expected)
+    assert found[0] == 1.0
+    assert tiny == (True, False)
+
+
+def test_widened_ends_hold_and_are_normal():
+    x = torch.tensor([5e-324, -3e-310, 0.0, 2.0**-1022, -1.0], dtype=torch.float64)
+    with flushing():
+        low, high = rounding.widened(x)
+    assert low.tolist() == [0.0, -SMALLEST, 0.0, SMALLEST, -1.0]
+    assert high.tolist() == [SMALLEST, 0.0, 0.0, SMALLEST, -1.0]
