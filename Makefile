@@ -7,6 +7,8 @@ PYTHON ?= python3
 #   make book TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 TORCH  ?= torch==2.13.0
 ONLY   ?=
+ALL    ?=
+SEED   ?=
 PORT   ?= 8000
 JOBS   ?= 2
 
@@ -16,7 +18,7 @@ BUILD  := $(BIN)/jupyter-book build . --toc "$(CURDIR)/book/_toc.yml" -W --keep-
 # a backend chosen in the environment would make the notebooks' figures vanish
 unexport MPLBACKEND
 
-.PHONY: help book serve lessons text pictures records test unit check-lessons lint format bench clean distclean env
+.PHONY: help book serve lessons text pictures records test unit mutants check-lessons lint format bench clean distclean env
 .DEFAULT_GOAL := help
 
 help:
@@ -29,6 +31,7 @@ help:
 	@echo "make records    take the stored records of long runs anew (ONLY=minimum-norm-figure-1 for one)"
 	@echo "make unit       only the tests of the package; make lint, make format: ruff"
 	@echo "make check-lessons   nbval on the lessons in this environment (ONLY=... for one)"
+	@echo "make mutants    do the tests notice a changed sign?  (ONLY=rigor/balls for one module, ALL=1 for every mutant, SEED=)"
 	@echo "make bench      the benchmarks; make clean: forget what was built; make distclean: .venv too"
 
 # --- the environment: made once, and again only when what it is made from changes
@@ -76,6 +79,10 @@ test: $(STAMP) lint
 
 unit: $(STAMP)
 	$(BIN)/python -m pytest -m "not pipeline and not slow"
+
+mutants: $(STAMP)
+	$(BIN)/python -c 'import cosmic_ray' 2>/dev/null || $(BIN)/python -m pip install -q -c book/constraints.txt -e '.[mutants]' --no-build-isolation
+	$(BIN)/python tests/mutants.py $(ONLY) $(if $(ALL),--all) $(if $(SEED),--seed $(SEED))
 
 check-lessons: $(STAMP)
 	$(BIN)/python book/_tools/notebooks.py check $(ONLY)

@@ -336,7 +336,7 @@ def test_bad_input_is_refused_in_one_sentence(entry):
         (TypeError, "X has dtype torch.float16", (X.half(), Y, weights)),
         (TypeError, "a certificate needs float64", (X.float(), Y.float(), [W.float() for W in weights])),
         (ValueError, r"Y has shape \(4,\)", (X, Y[:, 0], weights)),
-        (ValueError, "the same N", (X, Y[:3], weights)),
+        (ValueError, "with N = 4, as in X", (X, Y[:3], weights)),
         (ValueError, "weights is empty", (X, Y, [])),
         (ValueError, "at least 2 are needed", (X, Y, [weights[0][..., :1]])),
         (ValueError, "W_2 takes", (X, Y, [weights[0][..., :10], weights[1]])),
