@@ -16,11 +16,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, fx, nn
 
 from companion import rigor
-from companion.certificate import Assumption, Certificate, assumed, compare
+from companion.certificate import Assumption, Certificate, assumed, compare, silent
+from companion.data import equal_inputs, equal_pairs
 from companion.networks.reading import Head, Network, NoEnclosure, head
 from companion.rigor import modules
 from companion.rigor.modules import BATCH
@@ -110,31 +111,6 @@ def _pairs(many: np.ndarray, total: int) -> Iterator[tuple[np.ndarray, np.ndarra
         yield i, i + 1 + k - (ends[i] - many[i])
 
 
-def equal_inputs(X: Float[Tensor, "N ..."]) -> Int[Tensor, " N"]:
-    """Number the distinct samples: ``group_i = group_j`` exactly if ``x_i = x_j`` (0 and -0 are equal).
-
-    Args:
-        X: samples ``(N, ...)``, finite.
-
-    Returns:
-        The group of each sample, 0 to (number of distinct samples - 1).
-    """
-    rows = X.detach().cpu().reshape(len(X), -1) + 0.0
-    return torch.unique(rows, dim=0, return_inverse=True)[1]
-
-
-def _equal_pairs(groups: Tensor) -> list[tuple[int, int]]:
-    """The first sample of each group with every later one."""
-    first: dict[int, int] = {}
-    found = []
-    for i, group in enumerate(groups.tolist()):
-        if group in first:
-            found.append((first[group], i))
-        else:
-            first[group] = i
-    return found
-
-
 def _some(pairs: list[tuple[int, int]], total: int | None = None, most: int = 5) -> str:
     total = len(pairs) if total is None else total
     return ", ".join(str(p) for p in pairs[:most]) + (f" and {total - most} more" if total > most else "")
@@ -147,11 +123,6 @@ def library_row(network: Network, nodes: set[fx.Node] | None = None) -> list[Ass
         layer = network.layer(node)
         used |= isinstance(layer, modules.ASSUMES_LIBRARY) or node.target in (torch.tanh, F.tanh, "tanh")
     return [assumed(LIBRARY)] if used else []
-
-
-def silent(theorem: str, rows: list[Assumption], reason: str) -> Certificate:
-    """The certificate of a theorem that is not shown, with its reason."""
-    return Certificate(theorem, False, tuple(rows), {}, reason)
 
 
 # --- E: expressivity ------------------------------------------------------------------------------------------------
@@ -253,6 +224,6 @@ def _expressive_rows(end: Head, X: Tensor) -> tuple[list[Assumption], str]:
     if not rows[1].holds:
         return rows, f"width: m = {m}; at least {needed} is needed for N = {N}"
     if not rows[0].holds:
-        pairs = _some(_equal_pairs(groups))
+        pairs = _some(equal_pairs(groups))
         return rows, f"equal_inputs: samples {pairs} are equal, and so are their features at every width"
     return rows, ""

@@ -22,8 +22,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, fx, nn
 
 from companion import rigor
-from companion.beyond_ntk.expressivity import LIBRARY, equal_inputs, library_row, silent
-from companion.certificate import Certificate, assumed, compare
+from companion.beyond_ntk.expressivity import LIBRARY, library_row
+from companion.certificate import Certificate, assumed, compare, silent
+from companion.data import equal_inputs
 from companion.networks.reading import Head, NoEnclosure, head
 from companion.rigor import modules
 from companion.rigor.modules import BATCH
