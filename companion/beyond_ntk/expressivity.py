@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, fx, nn
 
 from companion import rigor
+from companion.arguments import checked
 from companion.certificate import Assumption, Certificate, assumed, compare, silent
 from companion.data import equal_inputs, equal_pairs
 from companion.networks.layers import Sine, Softplus
@@ -60,6 +61,7 @@ class Separation(NamedTuple):
     pairs: list[tuple[int, int]]
 
 
+@checked(double=True)
 def separation(
     xi: Float[Tensor, "N p"], D: Float[Tensor, "N p"] | None = None, *, seed: int = 0, limit: int = 10**8
 ) -> Separation:
@@ -86,7 +88,8 @@ def separation(
     """
     D = torch.zeros_like(xi) if D is None else D
     rigor.check_ball(xi, D, 2)
-    w = torch.randn(1, xi.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(1, xi.shape[1], dtype=torch.float64, device="cpu", generator=generator)
     z, e = (column[:, 0] for column in rigor.dense_ball(xi, D, w))
     if not bool(torch.isfinite(z).all() and torch.isfinite(e).all()):
         raise ValueError("xi overflows in a projection; smaller numbers are needed")
@@ -205,6 +208,7 @@ def library_row(network: Network, nodes: set[fx.Node] | None = None) -> list[Ass
 EXPRESSIVITY = "Expressivity: rank M = N for almost every wide layer"
 
 
+@checked
 def certify_expressivity(
     model: nn.Module,
     X: Float[Tensor, "N ..."],
@@ -292,8 +296,9 @@ def _expressive_rows(end: Head, X: Tensor) -> tuple[list[Assumption], str]:
     if _shared(end.network, end.wide):
         return rows, "architecture: the wide layer is used twice or shares its parameters"
     if not rows[2].holds:
-        why = "clipped, not analytic; use companion.networks.Softplus" if "Softplus" in end.activation else "not listed"
-        return rows, f"activation: {end.activation} is {why}"
+        return rows, f"activation: {end.activation} is {_why_not(end.activation)}"
+    if (beta := _sharpness(end)) is not None and not 0 < beta < math.inf:
+        return rows, f"activation: {end.activation} has beta = {beta}; a positive number is needed"
     if not rows[3].holds:
         return rows, "bias: the wide layer has none, and odd activations then lose rank"
     if not rows[1].holds:
@@ -302,3 +307,20 @@ def _expressive_rows(end: Head, X: Tensor) -> tuple[list[Assumption], str]:
         pairs = _some(equal_pairs(groups))
         return rows, f"equal_inputs: samples {pairs} are equal, and so are their features at every width"
     return rows, ""
+
+
+def _why_not(activation: str) -> str:
+    """What is wrong with an activation that is not listed, and the repair where there is one."""
+    name = activation.lower()
+    if "softplus" in name:
+        return "clipped, not analytic; use companion.networks.Softplus"
+    if "relu" in name:
+        return "not analytic; companion.networks.Softplus is"
+    return "not listed"
+
+
+def _sharpness(end: Head) -> float | None:
+    """The softplus' beta at the time of asking, which may have been set by hand; None for another activation."""
+    (node,) = end.network.calls(end.last)
+    layer = end.network.layer(node.args[0])
+    return float(layer.beta) if isinstance(layer, Softplus) else None

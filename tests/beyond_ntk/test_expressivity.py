@@ -146,10 +146,15 @@ def test_equal_inputs():
 @pytest.mark.parametrize(
     ("xi", "D", "error", "message"),
     [
-        (torch.ones(2, 2), None, TypeError, "value is torch.float32"),
+        (torch.ones(2, 2), None, TypeError, "xi has dtype torch.float32; torch.float64 is needed"),
         (torch.ones(2, 2).double(), -torch.ones(2, 2).double(), ValueError, "no radius below 0"),
-        (torch.ones(2, 2).double(), torch.ones(2, 1).double(), ValueError, r"radius has shape \(2, 1\)"),
-        (torch.ones(2).double(), None, ValueError, r"value has shape \(2,\); 2 axes"),
+        (
+            torch.ones(2, 2).double(),
+            torch.ones(2, 1).double(),
+            ValueError,
+            r"D has shape \(2, 1\); .*p = 2",
+        ),
+        (torch.ones(2).double(), None, ValueError, r"xi has shape \(2,\); \(N, p\) is needed"),
         (torch.ones(2, 2).double() * math.nan, None, ValueError, "finite numbers are needed"),
         (torch.ones(2, 200).double() * 1e308, None, ValueError, "xi overflows in a projection; smaller numbers"),
     ],
@@ -215,10 +220,10 @@ def test_analytic_activations(activation):
 @pytest.mark.parametrize(
     ("activation", "reason"),
     [
-        (nn.ReLU, "activation: ReLU (1) is not listed"),
+        (nn.ReLU, "activation: ReLU (1) is not analytic; companion.networks.Softplus is"),
         (networks.Square, "activation: Square (1) is not listed"),
         (nn.Softplus, "activation: Softplus (1) is clipped, not analytic; use companion.networks.Softplus"),
-        (nn.LeakyReLU, "activation: LeakyReLU (1) is not listed"),
+        (nn.LeakyReLU, "activation: LeakyReLU (1) is not analytic; companion.networks.Softplus is"),
         (nn.Hardtanh, "activation: Hardtanh (1) is not listed"),
         (nn.Mish, "activation: Mish (1) is not listed"),
     ],
@@ -383,13 +388,13 @@ def test_bad_arguments(unchecked):
         certify_expressivity(model, X, last=nn.Linear(12, 2))
     with pytest.raises(ValueError, match=r"model calls no torch.nn.Linear as its last layer; one is needed"):
         certify_expressivity(nn.Sequential(nn.Tanh(), nn.Flatten()), X)
-    with pytest.raises(TypeError, match=r"model is a int; a torch.nn.Module is needed"):
+    with pytest.raises(ValueError, match=r"model is 3; a torch.nn.Module is needed"):
         certify_expressivity(3, X)
     for bad, error, message in (
-        (X.long(), TypeError, "X is torch.int64"),
+        (X.long(), TypeError, "X has dtype torch.int64"),
         (X[:0], ValueError, r"X has shape \(0, 3\)"),
-        (X * math.nan, ValueError, "X holds NaN or infinity"),
-        (X / 0, ValueError, "X holds NaN or infinity"),
+        (X * math.nan, ValueError, r"X\[0, 0\] is nan"),
+        (X / 0, ValueError, r"X\[0, 0\] is -?inf"),
         (gaussian(10, 4), ValueError, "on which the model fails"),
     ):
         with pytest.raises(error, match=message):
