@@ -17,17 +17,17 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from companion import rigor
 from companion.arguments import checked
 from companion.beyond_ntk import bounds
-from companion.beyond_ntk.expressivity import Head, head, library_row
 from companion.beyond_ntk.last_layer import Loss, centre, check_targets, smoothness
 from companion.certificate import Certificate, compare, silent
 from companion.data import equal_inputs
+from companion.networks.reading import Head, NoEnclosure, head, inputs, read
 from companion.rigor import Interval, formulas, modules, point
-from companion.rigor.modules import BATCH, NoEnclosure
+from companion.rigor.modules import BATCH
 
 # --- The loss, enclosed -----------------------------------------------------------------------------------------------
 
@@ -130,11 +130,11 @@ def certify_gap(
     Source: derived in lesson 3.
     """
     y, loss = check_targets("y", y, len(X), loss)
-    X, y = modules.inputs(X), y.cpu().double() if loss == "squared" else y.cpu()
+    X, y = inputs(X), y.cpu().double() if loss == "squared" else y.cpu()
     if ridge is not None and not ridge > 0:
         raise ValueError(f"ridge is {ridge}; a positive number is needed")
     try:
-        network = modules.read(model)
+        network = read(model)
         end = None if ridge is None else head(network, last)
         if end and end.problem:
             return silent(GAP, [], end.problem)
@@ -148,7 +148,7 @@ def certify_gap(
     constant = bounds.duplicate_floor(torch.zeros(len(X), dtype=torch.int64, device="cpu"), y, loss)
     floor = bounds.duplicate_floor(equal_inputs(X), y, loss)
     gap = rigor.round_up(upper - floor)
-    rows = [compare("L; the best constant outputs have", upper, "<", constant, "certified"), *library_row(network)]
+    rows = [compare("L; the best constant outputs have", upper, "<", constant, "certified")]
     found = {"gap": gap, "loss_upper": upper, "loss_lower": lower, "floor": floor, "largest_radius": float(D.max())}
     if end:
         found |= _ridge_quantities(end, X, y, loss, ridge, batch)
@@ -258,7 +258,7 @@ def certify_rate(
     if y is not None:
         y, loss = check_targets("y", y, len(X), loss)
         y = y.cpu().double() if loss == "squared" else y.cpu()
-    X, loss = modules.inputs(X), loss or "squared"
+    X, loss = inputs(X), loss or "squared"
     try:
         end = head(model, last)
         if end.problem:
@@ -276,7 +276,7 @@ def certify_rate(
     radius, floats = rigor.frobenius_norm_upper(E), rigor.sigma_min_lower(A, method=method)
     sigma = max(0.0, rigor.round_down(floats - radius))
     top = rigor.round_up(rigor.spectral_norm_upper(A) + radius)
-    rows += [compare("σ_N(M)", sigma, ">", 0.0, "certified"), *library_row(end.network, _before(end))]
+    rows.append(compare("σ_N(M)", sigma, ">", 0.0, "certified"))
     found = {"sigma_min": sigma, "sigma_max": top, "sigma_min_floats": floats, "radius": radius}
     if not sigma > 0 or not math.isfinite(top):
         reason = f"sigma_min: {floats:.2e} was shown of the computed matrix, whose radius is {radius:.2e}"
@@ -288,11 +288,6 @@ def certify_rate(
         q = Interval.around(*rigor.dense_ball(h, D, end.last.weight, end.last.bias))
         found |= _bounds(q, y, loss, found, V0_norm, steps)
     return Certificate(RATE, True, tuple(rows), found)
-
-
-def _before(end: Head) -> set[fx.Node]:
-    (node,) = end.network.calls(end.last)
-    return modules.ancestors(node.args[0])
 
 
 def _coordinates(last: nn.Linear, h: Tensor, D: Tensor, centred: bool) -> tuple[Tensor, Tensor, Interval]:
