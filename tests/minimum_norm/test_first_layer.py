@@ -31,7 +31,7 @@ def test_streamed_products_match_autograd(S, N, m, chunk, seed):
     X, W, signs, y = problem(S=S, N=N, m=m, seed=seed)
     V = torch.randn(W.shape, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
     J = torch.func.jacrev(lambda w: outputs(X, w, signs))(W)  # (S, N, S, d, m), block diagonal in S
-    torch.testing.assert_close(first_layer.forward(X, W, signs, chunk), outputs(X, W, signs))
+    torch.testing.assert_close(first_layer.outputs(X, W, signs, chunk), outputs(X, W, signs))
     torch.testing.assert_close(first_layer.tangent(X, W, signs, V, chunk), torch.einsum("inkdm,kdm->in", J, V))
     torch.testing.assert_close(first_layer.pull_back(X, W, signs, y, chunk), torch.einsum("inkdm,in->kdm", J, y))
 
@@ -95,20 +95,23 @@ def test_panels_cover_every_neuron_once_within_memory():
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
-        (lambda X, W, a: (X, W.long(), a), TypeError, "W is torch.int64"),
-        (lambda X, W, a: (X, W.tolist(), a), TypeError, "W is list"),
+        (lambda X, W, a: (X, W.long(), a), TypeError, "W has dtype torch.int64; torch.float32 or torch.float64"),
+        (lambda X, W, a: (X, W.tolist(), a), TypeError, "W is a list; a torch tensor is needed"),
         (lambda X, W, a: (X, W.float(), a), ValueError, "W is torch.float32 on cpu, X is torch.float64"),
-        (lambda X, W, a: (X, W[:, :2], a), ValueError, r"W has shape \(2, 2, 50\); \(3, m\) or \(S, 3, m\)"),
-        (lambda X, W, a: (X, W / 0, a), ValueError, "W holds NaN or infinity"),
-        (lambda X, W, a: (X, W, a[:, :4]), ValueError, r"signs has shape \(2, 4\)"),
+        (lambda X, W, a: (X, W[:, :2], a), ValueError, r"W has shape \(2, 2, 50\); \(..., d, m\) with d = 3"),
+        (lambda X, W, a: (X, W / 0, a), ValueError, "finite numbers are needed"),
+        (lambda X, W, a: (X, W, a[:, :4]), ValueError, r"signs has shape \(2, 4\); \(..., m\) with m = 50"),
         (lambda X, W, a: (X, W, 2 * a), ValueError, "every sign must be"),
         (lambda X, W, a: (X, W, 0 * a), ValueError, r"signs holds -?0.0"),
+        (lambda X, W, a: (X, W, a[:1].expand(3, -1)), ValueError, r"signs has shape \(3, 50\)"),
+        (lambda X, W, a: (X, W[None], a), ValueError, r"W has shape \(1, 2, 3, 50\)"),
+        (lambda X, W, a: (X, W, a, 0), ValueError, "chunk is 0; at least one neuron"),
     ],
 )
 def test_bad_layers_are_refused(unchecked, change, error, text):
     X, W, signs, _ = problem()
     with pytest.raises(error, match=text):
-        first_layer.check_layer(*change(X, W, signs))
+        first_layer.forward(*change(X, W, signs))
 
 
 def test_one_network_gets_its_ensemble_axis():
@@ -116,10 +119,3 @@ def test_one_network_gets_its_ensemble_axis():
     shapes = [tuple(t.shape) for t in first_layer.check_layer(X, W[0], signs[0])]
     assert shapes == [(1, 3, 50), (1, 50)]
     assert first_layer.check_layer(X, W, signs[0])[1].shape == (2, 50)
-
-
-def test_finite_numbers_may_overflow_their_sum():
-    assert first_layer.finite(torch.full((2, 3), 1e308, dtype=torch.float64))
-    for bad in (math.nan, math.inf, -math.inf):
-        assert not first_layer.finite(torch.tensor([1.0, bad, 2.0]))
-    assert not first_layer.finite(torch.tensor([math.inf, -math.inf]))
