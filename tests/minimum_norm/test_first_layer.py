@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from making import layer_jacobian
 
-from companion import descent
+from companion import descent, kernels
 from companion.minimum_norm import first_layer
 
 
@@ -119,3 +120,30 @@ def test_one_network_gets_its_ensemble_axis():
     shapes = [tuple(t.shape) for t in first_layer.check_layer(X, W[0], signs[0])]
     assert shapes == [(1, 3, 50), (1, 50)]
     assert first_layer.check_layer(X, W, signs[0])[1].shape == (2, 50)
+
+
+def test_empirical_gram_is_that_of_the_jacobian_and_tends_to_the_kernel():
+    g = torch.Generator().manual_seed(3)
+    X = torch.randn(6, 4, generator=g, dtype=torch.float64)
+    W = torch.randn(2, 4, 30, generator=g, dtype=torch.float64)
+    signs = torch.ones(30, dtype=torch.float64)
+    signs[::3] = -1
+    for s in range(2):
+        J = layer_jacobian(X, W[s], signs)
+        torch.testing.assert_close(first_layer.empirical_gram(X, W[s]), J @ J.T)
+    torch.testing.assert_close(first_layer.empirical_gram(X, W)[1], first_layer.empirical_gram(X, W[1]))
+    wide = torch.randn(4, 400_000, generator=g, dtype=torch.float64)
+    error = first_layer.empirical_gram(X, wide) - kernels.relu_ntk(X)
+    # five standard deviations of a mean of 400,000 terms of size at most |x_i||x_j|
+    assert error.abs().max() < 5 * X.square().sum(1).max() / 400_000**0.5
+
+
+def test_empirical_gram_refuses_what_does_not_fit(unchecked):
+    X, W = torch.randn(5, 3), torch.randn(3, 8)
+    for bad, text in (
+        (W.double(), "torch.float32"),
+        (W[:2], r"\(\*S, d, m\) with d = 3"),
+        (W / 0, "finite numbers are needed"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            first_layer.empirical_gram(X, bad)
