@@ -195,7 +195,8 @@ def _found(value: Any) -> str:
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, int | float | str | bool) or value is None:
         return repr(value)
-    return f"a {type(value).__name__}"
+    kind = type(value).__name__
+    return f"an {kind}" if kind[0] in "aeiouAEIOU" or kind == "ndarray" else f"a {kind}"
 
 
 def _tensor(value: Any, hint: Any, wanted: _Wanted) -> Tensor:
@@ -208,7 +209,7 @@ def _tensor(value: Any, hint: Any, wanted: _Wanted) -> Tensor:
     if value.layout != torch.strided or value.is_meta or value.is_quantized:
         raise TypeError(f"{name} is {value.layout} on {value.device}; a dense tensor with numbers is needed")
     if floating:
-        _check_floating(value, wanted)
+        _check_floating(value, len(axes), wanted)
     elif hint is not Tensor and str(value.dtype).removeprefix("torch.") not in hint.dtypes:
         raise TypeError(f"{name} has dtype {value.dtype}; {' or '.join(hint.dtypes[-1:])} is needed")
     _check_shape(value, axes, wanted)
@@ -218,11 +219,13 @@ def _tensor(value: Any, hint: Any, wanted: _Wanted) -> Tensor:
     return value.clone() if value.is_inference() else value
 
 
-def _check_floating(value: Tensor, wanted: _Wanted) -> None:
+def _check_floating(value: Tensor, rank: int, wanted: _Wanted) -> None:
     name, needed = wanted.name, (torch.float64,) if wanted.double else (torch.float32, torch.float64)
     if value.dtype not in needed:
         words = " or ".join(map(str, needed))
-        raise TypeError(f"{name} has dtype {value.dtype}; {words} is needed; write {name}.double()")
+        labels = rank == 2 and value.ndim == 1 and not value.is_floating_point()
+        repair = f"torch.nn.functional.one_hot({name}).double() for classes" if labels else f"{name}.double()"
+        raise TypeError(f"{name} has dtype {value.dtype}; {words} is needed; write {repair}")
 
 
 def _check_finite(value: Tensor, wanted: _Wanted) -> None:

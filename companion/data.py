@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from companion.arguments import checked
+
 _BLOCK_BYTES = 32 * 2**20  # temporaries above this size cost more in page faults than in arithmetic
 
 
@@ -37,6 +39,7 @@ class Degeneracies(NamedTuple):
     antipodal_dependent: bool
 
 
+@checked
 def check(X: Float[Tensor, "N d"], Y: Float[Tensor, "N K"] | None = None, *, geometry: bool = True) -> None:
     """Refuse data on which the theorems are silent or the formulas would silently broadcast.
 
@@ -50,12 +53,8 @@ def check(X: Float[Tensor, "N d"], Y: Float[Tensor, "N K"] | None = None, *, geo
         ValueError: a wrong shape, no rows, unequal N, dtype or device, NaN or infinity; with `geometry` also zero rows,
             positively parallel rows and linearly dependent antipodal pairs, named by their indices.
     """
-    check_matrix("X", X, "(N, d)")
-    if Y is not None:
-        check_matrix("Y", Y, "(N, K)")
-    if Y is not None and (len(X) != len(Y) or X.dtype != Y.dtype or X.device != Y.device):
-        found = [f"{tuple(A.shape)} {A.dtype} on {A.device}" for A in (X, Y)]
-        raise ValueError(f"X is {found[0]}, Y is {found[1]}; the same N, dtype and device are needed")
+    if Y is not None and (X.dtype != Y.dtype or X.device != Y.device):
+        raise ValueError(f"X is {X.dtype} on {X.device}, Y is {Y.dtype} on {Y.device}; make them equal")
     if not geometry:
         return
     zero, parallel, antipodal, dependent = degeneracies(X)
@@ -105,6 +104,7 @@ def _some(items: list, most: int = 5) -> str:
     return ", ".join(str(i) for i in items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
+@checked
 def equal_inputs(X: Float[Tensor, "N ..."]) -> Int[Tensor, " N"]:
     """Number the distinct samples: ``group_i = group_j`` exactly if ``x_i = x_j`` (0 and -0 are equal).
 
@@ -135,6 +135,7 @@ def equal_pairs(groups: Int[Tensor, " N"]) -> list[tuple[int, int]]:
     return found
 
 
+@checked
 def degeneracies(X: Float[Tensor, "N d"]) -> Degeneracies:
     """Find the rows that make ``K_ij = E[relu(w.x_i) relu(w.x_j)]``, ``w ~ N(0, I)``, singular.
 
@@ -152,6 +153,8 @@ def degeneracies(X: Float[Tensor, "N d"]) -> Degeneracies:
     norms = row_norms(X)
     zero_rows = (norms == 0).nonzero()[:, 0].tolist()
     keep = (norms > 0).nonzero()[:, 0]
+    if not len(keep):
+        return Degeneracies(zero_rows, [], [], False)
     U = unit_rows(X[keep])
     N, d = U.shape
     tol = 4 * torch.finfo(X.dtype).eps + (d + 16) * torch.finfo(torch.float64).eps
@@ -178,6 +181,7 @@ def degeneracies(X: Float[Tensor, "N d"]) -> Degeneracies:
     return Degeneracies(zero_rows, pairs[1], pairs[-1], dependent)
 
 
+@checked
 def row_norms(X: Float[Tensor, "N d"]) -> Float[Tensor, " N"]:
     """Euclidean norms of the rows in float64, safe from overflow and underflow."""
     X = X.double()
@@ -186,6 +190,7 @@ def row_norms(X: Float[Tensor, "N d"]) -> Float[Tensor, " N"]:
     return torch.linalg.vector_norm(X / safe[:, None], dim=1) * scale
 
 
+@checked
 def unit_rows(X: Float[Tensor, "N d"]) -> Float[Tensor, "N d"]:
     """Scale every row to norm 1 in float64, safe from overflow and underflow; zero rows stay zero."""
     X = X.double()
@@ -195,6 +200,7 @@ def unit_rows(X: Float[Tensor, "N d"]) -> Float[Tensor, "N d"]:
     return X / torch.where(norm > 0, norm, 1.0)
 
 
+@checked
 def sphere(
     N: int, d: int, generator: torch.Generator, *, radius: float = 1.0, S: int | None = None
 ) -> Float[Tensor, "... N d"]:
@@ -218,6 +224,7 @@ def sphere(
     return G.mul_(radius / torch.linalg.vector_norm(G, dim=-1, keepdim=True))
 
 
+@checked
 def signs(N: int, generator: torch.Generator, K: int = 1) -> Float[Tensor, "N K"]:
     """Draw independent uniform labels +1 or -1.
 
@@ -254,6 +261,7 @@ class Digits(NamedTuple):
     labels_test: Int[Tensor, " n_test"]
 
 
+@checked
 def digits(
     classes: Sequence[int] | None = None,
     *,

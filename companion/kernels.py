@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from companion.arguments import checked
 from companion.data import row_norms, unit_rows
 from companion.networks import Activation, as_ensemble
 from companion.networks import activation as find_activation
@@ -29,19 +30,7 @@ def _half_chords(U: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cdist(U, V, compute_mode=mode), torch.cdist(U, -V, compute_mode=mode)
 
 
-def _check_inputs(X: Tensor, Z: Tensor | None) -> None:
-    for name, A in (("X", X), ("Z", Z)):
-        if A is None:
-            continue
-        if A.ndim != 2 or not A.is_floating_point():
-            raise ValueError(f"{name} is {A.dtype} of shape {tuple(A.shape)}; floating-point rows (N, d) are needed")
-        if not torch.isfinite(A).all():
-            raise ValueError(f"{name} holds NaN or infinity; finite numbers are needed")
-    if Z is not None and (X.shape[1] != Z.shape[1] or X.dtype != Z.dtype or X.device != Z.device):
-        found = [f"{A.shape[1]} columns {A.dtype} on {A.device}" for A in (X, Z)]
-        raise ValueError(f"X has {found[0]}, Z has {found[1]}; the same columns, dtype and device are needed")
-
-
+@checked
 def angles(X: Float[Tensor, "N d"], Z: Float[Tensor, "M d"] | None = None) -> Float[Tensor, "N M"]:
     """Compute the angles ``t_ij = 2 atan2(|u_i - v_j|, |u_i + v_j|)`` in [0, pi], ``u = x/|x|``, ``v = z/|z|``.
 
@@ -55,7 +44,8 @@ def angles(X: Float[Tensor, "N d"], Z: Float[Tensor, "M d"] | None = None) -> Fl
     Raises:
         ValueError: a zero row, which has no direction, NaN or infinity, or shapes that do not fit.
     """
-    _check_inputs(X, Z)
+    if Z is not None and (X.dtype != Z.dtype or X.device != Z.device):
+        raise ValueError(f"X is {X.dtype} on {X.device}, Z is {Z.dtype} on {Z.device}; make them equal")
     for name, A in (("X", X), ("Z", Z)):
         if A is not None and not A.any(dim=1).all():
             raise ValueError(f"{name}[{(~A.any(dim=1)).nonzero()[0].item()}] is a zero row; it has no direction")
@@ -66,7 +56,8 @@ def angles(X: Float[Tensor, "N d"], Z: Float[Tensor, "M d"] | None = None) -> Fl
 
 def _pairs(X: Tensor, Z: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Norms and unit rows of both sides in float64, and ``s = pi - t``, accurate at both ends."""
-    _check_inputs(X, Z)
+    if Z is not None and (X.dtype != Z.dtype or X.device != Z.device):
+        raise ValueError(f"X is {X.dtype} on {X.device}, Z is {Z.dtype} on {Z.device}; make them equal")
     a, U = row_norms(X), unit_rows(X)
     b, V = (a, U) if Z is None else (row_norms(Z), unit_rows(Z))
     minus, plus = _half_chords(U, V)
@@ -86,6 +77,7 @@ def _sin_minus_s_cos(s: Tensor) -> Tensor:
     return value
 
 
+@checked
 def relu_kernel(X: Float[Tensor, "N d"], Z: Float[Tensor, "M d"] | None = None) -> Float[Tensor, "N M"]:
     """Compute ``K_ij = E[relu(w.x_i) relu(w.z_j)] = |x_i| |z_j| (sin t + (pi - t) cos t) / (2 pi)``, ``w ~ N(0, I)``.
 
@@ -107,6 +99,7 @@ def relu_kernel(X: Float[Tensor, "N d"], Z: Float[Tensor, "M d"] | None = None) 
     return ((_sin_minus_s_cos(s) / (2 * math.pi) * a[:, None]) * b).to(X.dtype)
 
 
+@checked
 def relu_ntk(X: Float[Tensor, "N d"], Z: Float[Tensor, "M d"] | None = None) -> Float[Tensor, "N M"]:
     """Compute ``H_ij = E[x_i.z_j 1{w.x_i > 0} 1{w.z_j > 0}] = x_i.z_j (pi - t) / (2 pi)``, ``w ~ N(0, I)``.
 
@@ -126,6 +119,7 @@ def relu_ntk(X: Float[Tensor, "N d"], Z: Float[Tensor, "M d"] | None = None) -> 
     return ((U @ V.T * s / (2 * math.pi) * a[:, None]) * b).to(X.dtype)
 
 
+@checked
 def relu_hermite(r_max: int) -> Float[Tensor, " r"]:
     """Compute the squared Hermite coefficients ``mu_0^2, ..., mu_{r_max}^2`` of ReLU.
 
@@ -151,6 +145,7 @@ def relu_hermite(r_max: int) -> Float[Tensor, " r"]:
     return torch.tensor(mu2, dtype=torch.float64)
 
 
+@checked
 def ntk_gram(
     weights: Sequence[Tensor], X: Float[Tensor, "N d"], activation: str | Activation = "relu"
 ) -> Float[Tensor, "S NK NK"]:

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from companion.arguments import checked
 from companion.networks.activations import Activation, activation
 
 _find = activation  # for functions with an argument of that name
@@ -28,6 +29,7 @@ _STD: dict[str, Callable[[int], float]] = {
 Seeds = torch.Generator | int | Sequence[torch.Generator | int]
 
 
+@checked
 def init_mlp(
     widths: Sequence[int],
     *,
@@ -61,7 +63,6 @@ def init_mlp(
         ValueError: fewer than two widths, a width below 1, an unknown scheme, a `beta` that is not finite, `beta`
             without a hidden layer, or a number of seeds other than S.
     """
-    widths = [int(n) for n in widths]
     L = len(widths) - 1
     if L < 1 or min(widths) < 1:
         raise ValueError(f"widths is {tuple(widths)}; (d, n_1, ..., n_L) with L >= 1 and every width >= 1 is needed")

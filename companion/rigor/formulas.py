@@ -84,12 +84,6 @@ def lower(x: Tensor | Interval | Fraction | float) -> float:
 # --- Functions --------------------------------------------------------------------------------------------------------
 
 
-def _function(name: str, x: Any) -> Any:
-    if isinstance(x, Fraction | int):
-        raise TypeError(f"{name}({x}) is no fraction; the level 'certified' or 'measured' is needed for this formula")
-    return getattr(x, name)()
-
-
 def sqrt(x: Any) -> Any:
     """Take the square root; of a fraction only where it is a fraction again (`root_between` gives bounds).
 
@@ -104,33 +98,41 @@ def sqrt(x: Any) -> Any:
     """
     if isinstance(x, Fraction | int):
         low, high = root_between(Fraction(x), 0)
-        return low if low == high else _function("sqrt", x)
+        return low if low == high else _transcendental("sqrt", x, {})
     return x.sqrt()
 
 
 def exp(x: Any) -> Any:
-    """Compute ``e^x`` of a tensor or an `Interval`, and of the fraction 0."""
-    return Fraction(1) if isinstance(x, Fraction | int) and x == 0 else _function("exp", x)
+    """Compute ``e^x`` of a tensor or an `Interval`; of fractions only where it is one, at 0."""
+    return _transcendental("exp", x, {0: 1})
 
 
 def expm1(x: Any) -> Any:
-    """Compute ``e^x - 1`` of a tensor or an `Interval`, and of the fraction 0."""
-    return Fraction(0) if isinstance(x, Fraction | int) and x == 0 else _function("expm1", x)
+    """Compute ``e^x - 1`` of a tensor or an `Interval`; of fractions only where it is one, at 0."""
+    return _transcendental("expm1", x, {0: 0})
 
 
 def log(x: Any) -> Any:
-    """Compute ``log x`` of a tensor or an `Interval`, and of the fraction 1."""
-    return Fraction(0) if isinstance(x, Fraction | int) and x == 1 else _function("log", x)
+    """Compute ``log x`` of a tensor or an `Interval`; of fractions only where it is one, at 1."""
+    return _transcendental("log", x, {1: 0})
 
 
 def log1p(x: Any) -> Any:
-    """Compute ``log(1 + x)`` of a tensor or an `Interval`, and of the fraction 0."""
-    return Fraction(0) if isinstance(x, Fraction | int) and x == 0 else _function("log1p", x)
+    """Compute ``log(1 + x)`` of a tensor or an `Interval`; of fractions only where it is one, at 0."""
+    return _transcendental("log1p", x, {0: 0})
 
 
 def tanh(x: Any) -> Any:
-    """Compute ``tanh x`` of a tensor or an `Interval`, and of the fraction 0."""
-    return Fraction(0) if isinstance(x, Fraction | int) and x == 0 else _function("tanh", x)
+    """Compute ``tanh x`` of a tensor or an `Interval`; of fractions only where it is one, at 0."""
+    return _transcendental("tanh", x, {0: 0})
+
+
+def _transcendental(name: str, x: Any, exact: dict[int, int]) -> Any:
+    if not isinstance(x, Fraction | int):
+        return getattr(x, name)()
+    if x not in exact:
+        raise TypeError(f"{name}({x}) is no fraction; the level 'certified' or 'measured' is needed for this formula")
+    return Fraction(exact[x])
 
 
 def maximum(x: Any, y: Any) -> Any:

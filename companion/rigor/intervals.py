@@ -15,7 +15,7 @@ There is no ``<``, since of two intervals often neither is surely less: `below` 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -94,11 +94,11 @@ class Interval:
         if exponent < 0:
             return _reciprocal(self) ** -exponent
         base = self if exponent % 2 else abs(self)
-        one = torch.where(base.lo.isnan(), math.nan, torch.ones_like(base.lo))
-        low, high = Interval(one, one), Interval(one, one)
-        for _ in range(exponent):
-            low, high = low * Interval(base.lo, base.lo), high * Interval(base.hi, base.hi)
-        return Interval(low.lo if exponent % 2 else low.lo.clamp(min=0.0), high.hi)
+        least, most = _power(base.lo, exponent, down), _power(base.hi, exponent, up)
+        if exponent % 2:
+            least = torch.where(self.lo < 0, -_power(self.lo, exponent, up), least)
+            most = torch.where(self.hi < 0, -_power(self.hi, exponent, down), most)
+        return Interval(least, most)
 
     def reciprocal(self) -> Interval:
         """``1 / x``."""
@@ -196,6 +196,15 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     lost = out.isnan()
     if bool(lost.any()):
         out = torch.where(lost & ~a.isnan() & ~b.isnan(), 0.0, out)
+    return out
+
+
+def _power(x: Tensor, exponent: int, outward: Callable[[Tensor], Tensor]) -> Tensor:
+    """``|x|^exponent``, rounded up or down after every product, and not below 0."""
+    size = x.abs()
+    out = size if exponent else torch.where(x.isnan(), x, torch.ones_like(x))
+    for _ in range(exponent - 1):
+        out = outward(out * size).clamp(min=0.0)
     return out
 
 

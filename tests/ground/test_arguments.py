@@ -58,7 +58,7 @@ def test_what_is_right_passes():
     ("kwargs", "error", "sentence"),
     [
         ({"X": [[1.0]]}, TypeError, "X is a list; a torch tensor is needed"),
-        ({"X": X.numpy()}, TypeError, "X is a ndarray; a torch tensor is needed; write torch.from_numpy(X)"),
+        ({"X": X.numpy()}, TypeError, "X is an ndarray; a torch tensor is needed; write torch.from_numpy(X)"),
         ({"X": X[:, 0]}, ValueError, "X has shape (3,); (N, d) is needed; write X[:, None]"),
         ({"X": X[None]}, ValueError, "X has shape (1, 3, 2); (N, d) is needed"),
         ({"X": X[:0]}, ValueError, "X has shape (0, 2); at least one number in every axis is needed"),
@@ -73,6 +73,7 @@ def test_what_is_right_passes():
         ({"X": X.to("meta")}, TypeError, "X is torch.strided on meta; a dense tensor"),
         ({"X": X / 0}, ValueError, "X[0, 0] is nan; finite numbers are needed"),
         ({"Y": X[:2]}, ValueError, "Y has shape (2, 2); (N, K) with N = 3, as in X, is needed"),
+        ({"Y": torch.arange(3)}, TypeError, "write torch.nn.functional.one_hot(Y).double() for classes"),
         ({"labels": X[:, 0]}, TypeError, "labels has dtype torch.float64; int64 is needed"),
         ({"theta": X[0]}, ValueError, "theta has shape (2,); (*S, d, m) is needed"),
         ({"theta": X}, ValueError, "theta has shape (3, 2); (*S, d, m) with d = 2, as in X, is needed"),

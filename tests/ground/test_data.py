@@ -27,8 +27,8 @@ ONE = torch.ones(3, 1, dtype=torch.float64)
 @pytest.mark.parametrize(
     ("X", "Y", "error", "message"),
     [
-        ([[1.0]], None, TypeError, "X is list; a torch tensor"),
-        (GOOD.numpy(), None, TypeError, "X is ndarray"),
+        ([[1.0]], None, TypeError, "X is a list; a torch tensor"),
+        (GOOD.numpy(), None, TypeError, "X is an ndarray; .* write torch.from_numpy"),
         (GOOD.long(), None, TypeError, "X has dtype torch.int64"),
         (GOOD.half(), None, TypeError, "X has dtype torch.float16"),
         (GOOD[0], None, ValueError, r"X has shape \(2,\); \(N, d\) is needed"),
@@ -38,8 +38,8 @@ ONE = torch.ones(3, 1, dtype=torch.float64)
         (rows([1.0, 2.0], [-math.inf, 1.0]), None, ValueError, r"X\[1, 0\] is -inf"),
         (GOOD, ONE[:, 0], ValueError, r"Y has shape \(3,\); \(N, K\) is needed; write Y\[:, None\]"),
         (GOOD, ONE.bool(), TypeError, "Y has dtype torch.bool"),
-        (GOOD, ONE[:2], ValueError, "the same N"),
-        (GOOD, ONE.float(), ValueError, "the same N, dtype and device"),
+        (GOOD, ONE[:2], ValueError, "with N = 3, as in X"),
+        (GOOD, ONE.float(), ValueError, "make them equal"),
         (GOOD, ONE * math.nan, ValueError, r"Y\[0, 0\] is nan"),
         (rows([1.0, 0.0], [0.0, 0.0]), None, ValueError, r"X has zero rows 1;"),
         (rows([1.0, 2.0], [0.0, 1.0], [2.0, 4.0]), None, ValueError, r"X has positively parallel rows \(0, 2\)"),

@@ -310,3 +310,54 @@ def test_bad_layers(unchecked):
     for beta in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match=r"beta is .*; a positive finite number is needed"):
             rigor.softplus_ball(GOOD, zero, beta)
+
+
+# --- Global settings --------------------------------------------------------------------------------------------------
+
+
+DATA = gaussian(4, 5, 1), gaussian(3, 5, 2), gaussian(4, 5, 3).abs() * 1e-9
+
+
+def answers():
+    """Something of every file of rigor, for one and the same data."""
+    h, W, D = DATA
+    x = rigor.point(h)
+    parts = [
+        *rigor.dense_ball(h, D, W),
+        *rigor.tanh_ball(h, D),
+        *rigor.softplus_ball(h, D, 2.0, 20.0),
+        *rigor.sigmoid_ball(h, D),
+        *rigor.batchnorm_ball(h, D, h[0], h[1].abs()),
+        *rigor.avgpool_ball(h, D, torch.nn.Identity(), 1),
+    ]
+    for f in (x.exp(), 1 / x, x**3, abs(x).log(), x.tanh(), x * 0.5, x + rigor.point(0.1), x.sum(1), x.maximum(0)):
+        parts += [f.lo, f.hi]
+    parts += [rigor.norm(h), rigor.spectral_norm(h), rigor.norm(x).hi]
+    parts += [rigor.sigma_min_lower(h), rigor.spectral_norm_upper(h), rigor.product_error(h, W.T)]
+    parts += [rigor.eig_min_lower(h @ h.T, 0 * h @ h.T), rigor.exact_rank(h), float(rigor.product_radius(h, W.T).sum())]
+    return parts
+
+
+def same(first, second):
+    return all(
+        torch.equal(a, b) and a.dtype == b.dtype if isinstance(a, torch.Tensor) else a == b
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_default_dtype_does_not_matter(dtype):
+    expected, before = answers(), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = answers()
+    finally:
+        torch.set_default_dtype(before)
+    assert same(found, expected)
+
+
+def test_the_default_device_does_not_matter():
+    expected = answers()
+    with torch.device("meta"):
+        found = answers()
+    assert same(found, expected)

@@ -570,3 +570,25 @@ def test_rows_in_another_order_are_not_told_apart_by_a_pool():
     X = torch.stack([x, x[torch.randperm(3000, generator=g)]])
     value, radius = modules.enclose(nn.Sequential(nn.AdaptiveAvgPool2d((1, 2)), nn.Flatten()), X)
     assert bool(((value[0] - value[1]).abs() <= radius[0] + radius[1]).all())
+
+
+class InPlace(nn.Module):
+    """Moves its input, which is harmless for the batches of a loader."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(3, 2)
+
+    def forward(self, x):
+        x += x
+        return self.last(x)
+
+
+@pytest.mark.parametrize("model", [nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 2)), InPlace()])
+def test_a_forward_that_works_in_place_leaves_the_inputs_alone(model):
+    X = gaussian(5, 3)
+    before = X.clone()
+    value, radius = modules.enclose(model, X)
+    assert torch.equal(X, before)
+    again = model.double()(before.clone())
+    assert bool(((value - again).abs() <= 4 * radius).all())
