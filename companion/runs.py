@@ -197,6 +197,7 @@ def read_tensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, An
     Raises:
         ValueError: the file is damaged.
     """
+    path.open("rb").close()  # a file that may not be read is no damaged file: the system's own sentence
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -204,7 +205,7 @@ def read_tensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, An
         if header.pop("sha256", None) != _checksum(tensors, header):
             raise ValueError("its checksum does not fit")
         return tensors, {k: json.loads(v) for k, v in header.items()}
-    except (safetensors.SafetensorError, ValueError, OSError) as error:
+    except (safetensors.SafetensorError, ValueError) as error:
         raise ValueError(f"{what} {path} cannot be read ({error}); delete it to start afresh") from error
 
 
