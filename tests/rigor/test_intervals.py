@@ -239,7 +239,9 @@ def test_one_operation_moves_each_end_by_one_step(a, b, c, d):
     assert x.magnitude().item() == max(abs(a), abs(b))
     assert ends_of(Interval.around(number(a), number(b - a))) == (down(2 * a - b), up(b))
     if a > 0 or b < 0:
-        assert ends_of(1 / x) == ends_of(x.reciprocal()) == (down(1 / b), up(1 / a))
+        assert ends_of(x.reciprocal()) == (down(1 / b), up(1 / a))
+        assert ends_of(y / x) == ends_of(y * x.reciprocal())
+        assert ends_of(1 / x) == (down(down(1 / b)), up(up(1 / a)))
         assert ends_of(x**-1) == (down(1 / b), up(1 / a))
     assert ends_of(x**0) == (1.0, 1.0)
     assert ends_of(x**1) == (a, b)
@@ -269,7 +271,7 @@ def test_a_sum_moves_its_ends_by_gamma(n):
         exact = sum(map(Fraction, end.tolist()))
         assert side * (Fraction(got.item()) - exact) == pytest.approx(error, rel=0.1 + 2 / (n + 4), abs=0)
     zero = point(torch.zeros(2, n, dtype=F64)).sum(1)
-    assert (zero.hi / rounding.TINY).tolist() == (-zero.lo / rounding.TINY).tolist() == [n + 3.0] * 2
+    assert (zero.hi / rounding.TINY).tolist() == (-zero.lo / rounding.TINY).tolist() == pytest.approx([n + 3.0] * 2)
 
 
 def test_points_are_as_narrow_as_floats_allow():
