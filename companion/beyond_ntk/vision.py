@@ -19,11 +19,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from companion.arguments import checked
 from companion.networks.layers import Residual, Softplus
 
 Make = Callable[[], nn.Module]
 
 
+@checked
 def mlp(
     widths: Sequence[int],
     *,
@@ -66,6 +68,7 @@ def mlp(
     return initialize(nn.Sequential(parts), generator, dtype=dtype, device=device)
 
 
+@checked
 def conv_resnet(
     image: Sequence[int],
     channels: Sequence[int],
@@ -151,6 +154,7 @@ def _block(n_in: int, n_out: int, stride: int, activation: Make) -> nn.Sequentia
     return nn.Sequential(Residual(body, shortcut), activation())
 
 
+@checked
 def initialize(
     model: nn.Module,
     generator: torch.Generator,
@@ -190,6 +194,7 @@ def initialize(
     return model
 
 
+@checked
 def random_shift(image: Sequence[int], pixels: int = 1) -> Callable[[Float[Tensor, "N d"]], Float[Tensor, "N d"]]:
     """Make an augmentation ``x -> x`` moved by up to `pixels` in both directions, with zeros moving in.
 
