@@ -1,5 +1,6 @@
 """The witness with its bound, and probabilities that need no network."""
 
+import itertools
 import math
 
 import mpmath
@@ -93,7 +94,7 @@ def test_the_bound_is_the_theorem_s():
             w = witness.spline_witness(z, beta, s)
             with mpmath.workdps(40):
                 v = sorted(map(mpmath.mpf, z.tolist()))
-                gap = min(b - a for a, b in zip(v, v[1:], strict=False))
+                gap = min(b - a for a, b in itertools.pairwise(v))
                 F, scale = mpmath.sqrt(1 + 24 / gap**2), mpmath.mpf(float(w.weight[0]))
                 exact = min(1, scale) * (1 / F - 5 * mpmath.log(2) / (beta * scale))
             assert w.bound == pytest.approx(float(exact), rel=1e-12)
