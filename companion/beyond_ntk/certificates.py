@@ -23,7 +23,7 @@ from companion import rigor
 from companion.arguments import checked
 from companion.beyond_ntk import bounds
 from companion.beyond_ntk.last_layer import Loss, centre, check_targets, smoothness
-from companion.certificate import Certificate, compare, silent
+from companion.certificate import Certificate, compare, show, silent
 from companion.data import equal_inputs
 from companion.networks.reading import Head, NoEnclosure, head, inputs, read
 from companion.rigor import Interval, formulas, modules, point
@@ -155,7 +155,8 @@ def certify_gap(
     if not rows[0].holds:
         reason = f"vacuous: L <= {upper:.3g} was shown, and the best constant outputs have {constant:.3g}"
         return Certificate(GAP, False, tuple(rows), found, reason)
-    return Certificate(GAP, True, tuple(rows), found)
+    says = f"L - inf L <= {show(gap, side='up')}, where the best constant outputs have L = {show(constant)}"
+    return Certificate(GAP, True, tuple(rows), found, says=says)
 
 
 def _ridge_quantities(end: Head, X: Tensor, y: Tensor, loss: Loss, ridge: float, batch: int) -> dict[str, float]:
@@ -287,7 +288,16 @@ def certify_rate(
     if y is not None:
         q = Interval.around(*rigor.dense_ball(h, D, end.last.weight, end.last.bias))
         found |= _bounds(q, y, loss, found, V0_norm, steps)
-    return Certificate(RATE, True, tuple(rows), found)
+    return Certificate(RATE, True, tuple(rows), found, says=_gain(found, steps))
+
+
+def _gain(found: dict[str, float], steps: int) -> str:
+    """What was gained, for the first line."""
+    if "bound" not in found:
+        return f"rank M = N, σ_N >= {show(found['sigma_min'], side='down')}"
+    if found["bound"] == found["start"]:
+        return f"rank M = N, but the rate says nothing yet after {steps} steps (vacuous)"
+    return f"L <= {show(found['bound'], side='up')} after {steps} steps"
 
 
 def _coordinates(last: nn.Linear, h: Tensor, D: Tensor, centred: bool) -> tuple[Tensor, Tensor, Interval]:

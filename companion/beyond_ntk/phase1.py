@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import json
 import math
 import time
@@ -166,23 +164,6 @@ def _close_epoch(state: Phase1, N: int) -> None:
 
 
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
-
-
-def identity(function: Callable[..., Any] | None) -> str:
-    """What tells a function from another: its source, and the numbers and words that it was made with."""
-    if function is None:
-        return ""
-    if isinstance(function, functools.partial):
-        return runs.digest([identity(function.func), repr(function.args), repr(sorted(function.keywords.items()))])
-    plain = inspect.unwrap(function)
-    try:
-        source = inspect.getsource(plain if hasattr(plain, "__code__") else type(plain))
-    except (OSError, TypeError):  # typed at a prompt, or written in C
-        source = getattr(plain, "__qualname__", type(plain).__qualname__)
-    held = [cell.cell_contents for cell in getattr(plain, "__closure__", None) or ()]
-    held += [*(getattr(plain, "__defaults__", None) or ()), *getattr(plain, "__dict__", {}).values()]
-    words = [repr(v) if isinstance(v, int | float | str | tuple | None) else type(v).__name__ for v in held]
-    return runs.digest([source, *words])
 
 
 def rules(rule: torch.optim.Optimizer) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from companion import runs
 from companion.arguments import checked
 from companion.beyond_ntk import last_layer
-from companion.beyond_ntk.phase1 import Phase1, Store, evaluating, identity, outputs, rules, run_phase1
+from companion.beyond_ntk.phase1 import Phase1, Store, evaluating, outputs, rules, run_phase1
 from companion.beyond_ntk.phase2 import (
     Phase2,
     phase2_gd,
@@ -330,8 +330,8 @@ def two_phase(
     schedule = scheduler(rule) if scheduler else None
     seed = int(torch.randint(2**62, (), generator=generator))
     settings = {"tau": tau, "loss": loss, "batch": batch, "seed": seed, "snapshots": sorted(snapshots)}
-    settings |= {"observables": sorted((name, identity(f)) for name, f in (observe or {}).items())}
-    settings |= {"augmentation": identity(augment), "X": runs.digest(X), "y": runs.digest(y)}
+    settings |= {"observables": {name: runs.identity(f) for name, f in sorted((observe or {}).items())}}
+    settings |= {"augmentation": augment and runs.identity(augment), "X": runs.digest(X), "y": runs.digest(y)}
     settings |= {"model": runs.digest(model.state_dict()), "optimizer": [type(rule).__name__, rules(rule)]}
     settings |= {"scheduler": [type(schedule).__name__, repr(schedule and schedule.state_dict())]}
     state = Phase1(model, rule, schedule, dict(observe or {}), set(snapshots))

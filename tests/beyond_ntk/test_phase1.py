@@ -1,7 +1,6 @@
 """Phase 1: mini-batches, and files that survive being killed and belong to one run."""
 
 import signal
-from functools import partial
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from making import resnet, sgd
 from making import run_two_phase as run
 
 from companion.beyond_ntk import vision
-from companion.beyond_ntk.phase1 import batches, identity
+from companion.beyond_ntk.phase1 import batches
 
 
 class Stop(Exception):
@@ -117,23 +116,6 @@ def test_observables_of_one_name_are_told_apart(tmp_path):
     run(resnet(), observe={"n": lambda m: m.last.weight.norm()}, **options)
     with pytest.raises(ValueError, match="another observables"):
         run(resnet(), observe={"n": lambda m: m.wide.weight.norm()}, **options)
-
-
-def test_a_function_is_known_by_its_source_and_its_numbers():
-    def power(k):
-        return lambda x: x**k
-
-    def times(x, factor=2.0):
-        return factor * x
-
-    known = [
-        identity(f)
-        for f in (power(2), power(3), times, partial(times, factor=3.0), vision.random_shift((1, 4, 4), 1), None,
-                  vision.random_shift((1, 4, 4), 2), torch.relu)
-    ]  # fmt: skip
-    assert len(set(known)) == len(known)
-    assert identity(power(2)) == known[0]
-    assert identity(partial(times, factor=3.0)) == known[3]
 
 
 def test_flipped_bits_are_refused(tmp_path):
