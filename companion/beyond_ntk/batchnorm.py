@@ -10,18 +10,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from companion.arguments import checked
+from companion.beyond_ntk.phase1 import outputs
 
 _BATCHNORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 Statistics = Mapping[str, tuple[Tensor, Tensor]]
 
 
 @checked
-def batchnorm_statistics(model: nn.Module, X: Float[Tensor, "N d"]) -> dict[str, tuple[Tensor, Tensor]]:
+def batchnorm_statistics(model: nn.Module, X: Float[Tensor, "N ..."]) -> dict[str, tuple[Tensor, Tensor]]:
     """Measure the mean and the (biased) variance of every BatchNorm's input, over all of X in eval mode.
 
     Args:
         model: any module with BatchNorm layers; not changed.
-        X: inputs ``(N, d)``.
+        X: inputs ``(N, ...)``.
 
     Returns:
         Mean and variance ``(C,)`` by the layer's name.
@@ -45,10 +46,11 @@ def batchnorm_statistics(model: nn.Module, X: Float[Tensor, "N d"]) -> dict[str,
         if isinstance(part, _BATCHNORM):
             part.register_forward_pre_hook(look(name))
     with torch.no_grad():
-        twin(X.clone())
+        outputs(twin, X)
     return found
 
 
+@checked
 def switch_batchnorm(model: nn.Module, statistics: Statistics) -> nn.Module:
     """Give BatchNorm layers other statistics and undo it: ``gamma' = gamma sqrt((v' + e) / (v + e))``, ...
 

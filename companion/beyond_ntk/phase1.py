@@ -35,7 +35,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def outputs(model: nn.Module, rows: Tensor) -> Tensor:
-    """The model's outputs, on a copy of the rows, as its forward may work in place; or one sentence."""
+    """A model's outputs, on a copy of the rows, as its forward may work in place; or one sentence."""
     try:
         out = model(rows.clone())
     except Exception as error:  # whatever the user's own forward may raise

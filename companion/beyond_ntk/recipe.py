@@ -99,7 +99,7 @@ def last_layer_features(
     check_model(model, last)
     if batch < 1:
         raise ValueError(f"batch is {batch}; a number >= 1 is needed")
-    return _features(model, last, X, batch, constant=False)
+    return _features(model, last, X, min(batch, len(X)), constant=False)
 
 
 def _features(model: nn.Module, last: nn.Linear, X: Tensor, batch: int, constant: bool) -> Tensor:

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from companion.arguments import checked
+from companion.beyond_ntk.phase1 import outputs
 
 
 @checked
@@ -133,7 +134,7 @@ def tied_train(
     losses = torch.zeros(steps + 1, dtype=X.dtype, device=X.device)
     for k in range(steps + 1):
         rule.zero_grad()
-        loss = 0.5 * (net(X) - Y).square().sum(1).mean()
+        loss = 0.5 * (outputs(net, X) - Y).square().sum(1).mean()
         losses[k] = loss.detach()
         if k < steps:
             loss.backward()

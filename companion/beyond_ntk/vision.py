@@ -111,7 +111,7 @@ def conv_resnet(
     image, channels = [int(n) for n in image], [int(n) for n in channels]
     if len(image) != 3 or min(image) < 1:
         raise ValueError(f"image is {tuple(image)}; (C, height, width) is needed")
-    if len(channels) < 2 or min(*channels, wide, classes, blocks) < 1:
+    if len(channels) < 2 or min(*channels, wide, classes, blocks) < 1 or max(*channels, wide, classes) >= 2**31:
         raise ValueError(
             f"channels, wide, classes, blocks are {tuple(channels)}, {wide}, {classes}, {blocks}; a stem, at least one "
             "stage, and numbers >= 1 are needed"
