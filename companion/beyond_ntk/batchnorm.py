@@ -13,7 +13,7 @@ from companion.arguments import checked
 from companion.beyond_ntk.phase1 import outputs
 
 _BATCHNORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-Statistics = Mapping[str, tuple[Tensor, Tensor]]
+_Statistics = Mapping[str, tuple[Tensor, Tensor]]
 
 
 @checked
@@ -51,7 +51,7 @@ def batchnorm_statistics(model: nn.Module, X: Float[Tensor, "N ..."]) -> dict[st
 
 
 @checked
-def switch_batchnorm(model: nn.Module, statistics: Statistics) -> nn.Module:
+def switch_batchnorm(model: nn.Module, statistics: _Statistics) -> nn.Module:
     """Give BatchNorm layers other statistics and undo it: ``gamma' = gamma sqrt((v' + e) / (v + e))``, ...
 
     ``b' = b + gamma (mu' - mu) / sqrt(v + e)``. The copy computes the same function in eval mode; with the statistics

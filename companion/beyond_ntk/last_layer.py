@@ -210,10 +210,10 @@ def centre(M: Float[Tensor, "... N p"]) -> Centred:
     return Centred(mean, torch.where(scale > 0, scale, 1.0))
 
 
-Map = Callable[[Tensor], Tensor]
+_Map = Callable[[Tensor], Tensor]
 
 
-def top_singular_value(apply: Map, transposed: Map, like: Tensor, rounds: int = 200) -> Float[Tensor, "*S"]:
+def top_singular_value(apply: _Map, transposed: _Map, like: Tensor, rounds: int = 200) -> Float[Tensor, "*S"]:
     """The largest singular value to about three digits, from below, by power iteration with a fixed start.
 
     `like` is ``(..., 1, p)`` and gives the number of columns, the dtype and the device.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from companion import runs
 from companion.beyond_ntk import last_layer
 
-F64 = torch.float64
+_F64 = torch.float64
 _CHECKPOINT_SECONDS = 30.0
 
 
@@ -69,7 +69,7 @@ class Phase1:
             for name, function in self.observe.items():
                 value = function(self.model)
                 plain = (
-                    value.detach().cpu() if isinstance(value, Tensor) else torch.tensor(value, device="cpu", dtype=F64)
+                    value.detach().cpu() if isinstance(value, Tensor) else torch.tensor(value, device="cpu", dtype=_F64)
                 )
                 self.observed.setdefault(name, []).append(plain.double())
         torch.set_rng_state(rng)
@@ -79,7 +79,7 @@ class Phase1:
 
     def results(self) -> tuple[Tensor, dict[str, Tensor], dict[int, dict[str, Tensor]]]:
         observed = {name: torch.stack(values) for name, values in self.observed.items()}
-        return torch.tensor(self.losses, dtype=F64, device="cpu"), observed, self.snapshots
+        return torch.tensor(self.losses, dtype=_F64, device="cpu"), observed, self.snapshots
 
 
 def batches(order: Tensor, batch: int) -> list[Tensor]:

@@ -38,8 +38,8 @@ METHODS: dict[str, Callable[..., Phase2]] = {
     "lbfgs": phase2_lbfgs,
     "momentum_sgd": phase2_momentum_sgd,
 }
-Make = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-Observables = Mapping[str, Callable[[nn.Module], Any]]
+_Make = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+_Observables = Mapping[str, Callable[[nn.Module], Any]]
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def last_layer_features(
         ValueError: `last` is no part of `model`, is not run exactly once, or is not final; empty data, NaN or infinity.
         TypeError: `last` is no linear layer, or X has no floating-point dtype.
     """
-    check_model(model, last)
+    _check_model(model, last)
     if batch < 1:
         raise ValueError(f"batch is {batch}; a number >= 1 is needed")
     return _features(model, last, X, min(batch, len(X)), constant=False)
@@ -135,7 +135,7 @@ def _features(model: nn.Module, last: nn.Linear, X: Tensor, batch: int, constant
     return M
 
 
-def check_model(model: nn.Module, last: nn.Linear) -> None:
+def _check_model(model: nn.Module, last: nn.Linear) -> None:
     """Refuse a `last` that is no linear layer of `model`, or whose numbers another layer uses, too."""
     if not isinstance(last, nn.Linear):
         raise TypeError(f"last is {type(last).__name__}; a torch.nn.Linear is needed")
@@ -162,7 +162,7 @@ def last_weights(last: nn.Linear) -> Float[Tensor, "p K"]:
     return W.clone() if last.bias is None else torch.cat([W, last.bias.detach()[None]])
 
 
-def set_last_weights(last: nn.Linear, V: Float[Tensor, "p K"]) -> None:
+def _set_last_weights(last: nn.Linear, V: Float[Tensor, "p K"]) -> None:
     """Write ``V`` into the last layer; nothing else in the model changes."""
     m = last.in_features
     with torch.no_grad():
@@ -188,7 +188,7 @@ def hidden_parameters(
     Raises:
         ValueError: an unknown `where`, no wide layer or one of another model, or no trainable parameter.
     """
-    check_model(model, last)
+    _check_model(model, last)
     if where not in ("all", "wide"):
         raise ValueError(f"where is {where!r}; 'all' or 'wide' is needed")
     if where == "wide":
@@ -251,7 +251,7 @@ def two_phase(
     last: nn.Linear,
     X: Float[Tensor, "N ..."],
     y: Tensor,
-    optimizer: torch.optim.Optimizer | Make,
+    optimizer: torch.optim.Optimizer | _Make,
     tau: int,
     *,
     loss: str = "cross_entropy",
@@ -266,7 +266,7 @@ def two_phase(
     options: Mapping[str, Any] | None = None,
     double: bool = True,
     generator: torch.Generator,
-    observe: Observables | None = None,
+    observe: _Observables | None = None,
     snapshots: Sequence[int] = (),
     checkpoint: str | Path | None = None,
     checkpoint_every: int | None = None,
@@ -350,7 +350,7 @@ def two_phase(
     if phase2 is not None:
         chosen = _options(phase2, dict(options or {}), last, rule, batch, seed, loss, progress, store)
         result = METHODS[phase2](M, last_weights(last), y, **chosen)
-        set_last_weights(last, result.V)
+        _set_last_weights(last, result.V)
         after = _loss(model, X, y, loss, batch)
     model.eval()
     return TwoPhaseRun(tau, *state.results(), before, noisy, M, after, result)
@@ -368,7 +368,7 @@ def _check(
     snapshots: Sequence[int],
 ) -> Tensor:
     """Refuse what does not fit; the targets, labels as int64."""
-    check_model(model, last)
+    _check_model(model, last)
     if X.ndim < 2:
         raise ValueError(f"X has shape {tuple(X.shape)}; one sample a row, (N, ...), is needed")
     if phase2 is not None and phase2 not in METHODS:

@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from companion.arguments import checked
 from companion.networks.layers import Residual, Softplus
 
-Make = Callable[[], nn.Module]
+_Make = Callable[[], nn.Module]
 
 
 @checked
 def mlp(
     widths: Sequence[int],
     *,
-    activation: Make = Softplus,
+    activation: _Make = Softplus,
     dropout: float = 0.0,
     generator: torch.Generator,
     dtype: torch.dtype = torch.float64,
@@ -76,7 +76,7 @@ def conv_resnet(
     classes: int,
     *,
     blocks: int = 1,
-    activation: Make = Softplus,
+    activation: _Make = Softplus,
     dropout: float = 0.0,
     generator: torch.Generator,
     dtype: torch.dtype = torch.float64,
@@ -147,7 +147,7 @@ def _conv_bn(n_in: int, n_out: int, size: int = 3, stride: int = 1) -> tuple[nn.
     return nn.Conv2d(n_in, n_out, size, stride=stride, padding=size // 2, bias=False), nn.BatchNorm2d(n_out)
 
 
-def _block(n_in: int, n_out: int, stride: int, activation: Make) -> nn.Sequential:
+def _block(n_in: int, n_out: int, stride: int, activation: _Make) -> nn.Sequential:
     body = nn.Sequential(*_conv_bn(n_in, n_out, stride=stride), activation(), *_conv_bn(n_out, n_out))
     same = n_in == n_out and stride == 1
     shortcut = nn.Identity() if same else nn.Sequential(*_conv_bn(n_in, n_out, size=1, stride=stride))
