@@ -86,7 +86,9 @@ def images(N=40, K=3, dtype=torch.float32):
 
 
 def resnet(seed=0, dropout=0.3, dtype=torch.float32):
-    return by.conv_resnet((1, 4, 4), (3, 4), 45, 3, dropout=dropout, generator=seeded(seed), dtype=dtype)
+    model = by.conv_resnet((1, 4, 4), (3, 4), 45, 3, generator=seeded(seed), dtype=dtype)
+    model.flatten = torch.nn.Sequential(model.flatten, torch.nn.Dropout(dropout))
+    return model
 
 
 def sgd(params):
