@@ -58,14 +58,18 @@ def initialize(
 
 
 @checked
-def figure_1_data(seed: int = 11, *, bias: bool = False) -> tuple[Float[Tensor, "100 d"], Float[Tensor, " 100"]]:
-    """Draw the data of the paper's Figure 1: ``x`` uniform in ``[-1, 1]^5``, scaled to norm 1; ``y = (x . beta)^2``.
+def figure_1_data(
+    seed: int = 11, *, bias: bool = False, radius: float = 1.0
+) -> tuple[Float[Tensor, "100 d"], Float[Tensor, " 100"]]:
+    """Draw data like those of the paper's Figure 1: ``x`` uniform in ``[-1, 1]^5``, then scaled; ``y = (x . beta)^2``.
 
-    The paper prints neither the law of ``beta`` (standard normal here) nor whether its bias is used in the figure.
+    ``beta`` is standard normal here. The paper does not print whether its bias is used in the figure; its text scales
+    the inputs to norm 1, its theory to ``sqrt(d)``.
 
     Args:
         seed: of the data.
         bias: append a one to every input, as the paper's theory does.
+        radius: the norm of the inputs, before the one is appended; y does not depend on it.
 
     Returns:
         ``X`` ``(100, 5)``, or ``(100, 6)`` with the bias, and ``y`` ``(100,)``, standardized (divisor 99); float64.
@@ -73,7 +77,7 @@ def figure_1_data(seed: int = 11, *, bias: bool = False) -> tuple[Float[Tensor, 
     g = torch.Generator("cpu").manual_seed(seed)
     X = data.unit_rows(2 * torch.rand(100, 5, generator=g, dtype=torch.float64, device="cpu") - 1)
     y = (X @ torch.randn(5, generator=g, dtype=torch.float64, device="cpu")) ** 2
-    y = (y - y.mean()) / y.std()
+    y, X = (y - y.mean()) / y.std(), radius * X
     return (torch.cat([X, X.new_ones(100, 1)], 1) if bias else X), y
 
 

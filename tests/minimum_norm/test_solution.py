@@ -325,4 +325,13 @@ def test_the_data_of_figure_1():
     assert torch.equal(lifted[:, :5], X)
     assert torch.equal(lifted[:, 5], torch.ones(100, dtype=torch.float64))
     assert torch.equal(same, y)
+    large, same = mn.figure_1_data(radius=math.sqrt(5))
+    torch.testing.assert_close(large, math.sqrt(5) * X)
+    assert torch.equal(same, y)
     assert not torch.equal(mn.figure_1_data(12)[1], y)
+
+
+def test_terms_of_weights_of_another_shape_are_refused(unchecked):
+    X, y, W0, signs = wide_layer(1)
+    with pytest.raises(ValueError, match="they must be equal"):
+        mn.lyapunov_terms(mn.solve(X, y, W0, signs), W0[:, :, :4], 0.1)
