@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from companion.arguments import checked
+from companion.minimum_norm.kernel_limit import check_scale
 
 _PANEL_BYTES = 8 * 2**20  # one panel on a CPU: it stays in the cache between its product and what is done with it
 _PANEL_BYTES_GPU = 32 * 2**20
@@ -34,9 +35,11 @@ def check_layer(X: Tensor, W: Tensor, signs: Tensor) -> tuple[Float[Tensor, "S d
         ``W`` as ``(S, d, m)`` and ``signs`` as ``(S, m)``, views where possible.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, or a sign other than +1 and -1.
+        ValueError: shapes, dtypes or devices that do not fit, numbers whose products overflow, or a sign other than +1
+            and -1.
     """
-    for name, A in (("W", W), ("signs", signs)):
+    for name, A in (("X", X), ("W", W), ("signs", signs)):
+        check_scale(name, A, smallest=0.0)
         if A.dtype != X.dtype or A.device != X.device:
             raise ValueError(f"{name} is {A.dtype} on {A.device}, X is {X.dtype} on {X.device}; make them equal")
     if W.ndim not in (2, 3) or W.shape[-2] != X.shape[-1] or W.numel() == 0:
@@ -236,6 +239,7 @@ def empirical_gram(
     if W.ndim not in (2, 3) or W.shape[-2] != X.shape[1] or W.dtype != X.dtype or W.device != X.device:
         found = f"{tuple(W.shape)} {W.dtype} on {W.device}"
         raise ValueError(f"W is {found}; (d, m) or (S, d, m) with d = {X.shape[1]}, {X.dtype}, {X.device} is needed")
+    check_scale("X", X, smallest=0.0)
     counts = gate_counts(X, W if W.ndim == 3 else W[None], chunk)
     G = (X @ X.T) * counts.to(X.dtype) / W.shape[-1]
     return G if W.ndim == 3 else G[0]

@@ -24,9 +24,9 @@ def check_scale(name: str, A: Tensor, smallest: float = 1e-100) -> None:
         A: numbers; all of them may be 0.
         smallest: the least size that the largest of them may have.
     """
-    top = float(A.abs().max())
-    if top and not smallest <= top <= 1e100:
-        raise ValueError(f"{name} has entries up to {top:.1e}; {smallest:.0e} to 1e+100 is needed: rescale it")
+    top, largest = float(A.abs().max()), 1e100 if A.dtype == torch.float64 else 1e12
+    if top and not smallest <= top <= largest:
+        raise ValueError(f"{name} has entries up to {top:.1e}; {smallest:.0e} to {largest:.0e} is needed: rescale it")
 
 
 def check_inputs(X: Tensor, *, geometry: bool = True) -> None:
@@ -124,7 +124,7 @@ def perp_constant(
     """
     check_inputs(X)
     check_scale("y", y)
-    if not (kappa > 0 and step > 0 and draws >= 2):
+    if not (min(kappa, step) >= 1e-100 and draws >= 2):
         raise ValueError(f"kappa, step, draws are {kappa}, {step}, {draws}; positive numbers and 2 draws are needed")
     generator = torch.Generator("cpu").manual_seed(0) if generator is None else generator
     values, U = torch.linalg.eigh(kernels.relu_ntk(X))

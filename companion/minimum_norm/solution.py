@@ -108,7 +108,6 @@ def check_problem(
         raise TypeError(f"y is {y.dtype} on {y.device}; a tensor of {X.dtype} on {X.device}, like X, is needed")
     W0, signs = first_layer.check_layer(X, W0, signs)
     check_scale("y", y)
-    check_scale("W0", W0, smallest=0.0)
     if y.shape not in ((len(X),), (len(W0), len(X))):
         raise ValueError(f"y has shape {tuple(y.shape)}; ({len(X)},) or {(len(W0), len(X))} is needed")
     if precise and X.dtype != torch.float64:
@@ -129,8 +128,8 @@ def check_problem(
 def check_steps(step: float | Tensor, S: int, like: Tensor) -> Tensor:
     """The step of every network ``(S,)``."""
     eta = torch.as_tensor(step, dtype=torch.float64, device=like.device)
-    if eta.shape not in ((), (S,)) or not bool((torch.isfinite(eta) & (eta > 0)).all()):
-        raise ValueError(f"step is {eta.tolist()}; a positive finite number, or {S} of them, is needed")
+    if eta.shape not in ((), (S,)) or not bool(((eta >= 1e-100) & (eta <= 1e100)).all()):
+        raise ValueError(f"step is {eta.tolist()}; a positive finite number (1e-100 to 1e+100), or {S}, is needed")
     return eta.to(like).expand(S)
 
 
@@ -274,6 +273,7 @@ def lyapunov_terms(solution: MinimumNorm, W: Float[Tensor, "... d m"], step: flo
     W = W[None] if W.ndim == 2 else W
     if W.shape != s.W.shape:
         raise ValueError(f"W has shape {tuple(W.shape)}, the solution's is {tuple(s.W.shape)}; they must be equal")
+    check_scale("W", W, smallest=0.0)
     eta = check_steps(step, len(s.W0), s.X)
     e = s.y - first_layer.outputs(s.X, W, s.signs)
     b = s.y - first_layer.tangent(s.X, W, s.signs, s.W)

@@ -185,19 +185,27 @@ def test_float32_trains_without_the_decomposition_and_a_killed_run_resumes(tmp_p
     class Stop(Exception):
         pass
 
+    killed = []
+
     def stop(state):
-        if state.step == 25:
+        if state.step == 25 and not killed:
+            killed.append(True)
             raise Stop
         return torch.zeros(())
 
-    options = {"every": 5, "checkpoint": tmp_path / "run.safetensors", "checkpoint_every": 10}
+    options = {
+        "every": 5,
+        "checkpoint": tmp_path / "run.safetensors",
+        "checkpoint_every": 10,
+        "observe": {"stop": stop},
+    }
     with pytest.raises(Stop):
-        mn.train(X, y, W0, signs, 0.2, 30, observe={"stop": stop}, **options)
-    resumed = mn.train(X, y, W0, signs, 0.2, 30, observe={"stop": lambda state: torch.zeros(())}, **options)
+        mn.train(X, y, W0, signs, 0.2, 30, **options)
+    resumed = mn.train(X, y, W0, signs, 0.2, 30, **options)
     assert torch.equal(resumed.weights[0], whole.weights[0])
     assert torch.equal(resumed.observed["V_perp"], whole.observed["V_perp"])
     with pytest.raises(ValueError, match="another step"):
-        mn.train(X, y, W0, signs, 0.3, 30, observe={"stop": lambda state: torch.zeros(())}, **options)
+        mn.train(X, y, W0, signs, 0.3, 30, **options)
 
 
 def test_a_large_step_warns_and_still_reaches_zero_loss_far_from_the_solution():
