@@ -185,19 +185,20 @@ def test_float32_trains_without_the_decomposition_and_a_killed_run_resumes(tmp_p
     class Stop(Exception):
         pass
 
-    killed = []
+    class Kill:
+        done = False
 
-    def stop(state):
-        if state.step == 25 and not killed:
-            killed.append(True)
-            raise Stop
-        return torch.zeros(())
+        def __call__(self, state):
+            if state.step == 25 and not self.done:
+                self.done = True
+                raise Stop
+            return torch.zeros(())
 
     options = {
         "every": 5,
         "checkpoint": tmp_path / "run.safetensors",
         "checkpoint_every": 10,
-        "observe": {"stop": stop},
+        "observe": {"kill": Kill()},
     }
     with pytest.raises(Stop):
         mn.train(X, y, W0, signs, 0.2, 30, **options)
