@@ -370,7 +370,7 @@ def certify_width(
     log, chance = math.log(n / delta), 1 - (2 if antisymmetric else 3) * delta
     rows = [
         compare("λ₀ = λ_min(H)", lam0, ">", 0.0),
-        compare("η ‖X‖²", step * norm_X**2, "<=", 1 + 1e-12),
+        compare("η ‖X‖²", step * norm_X**2, "<=", 1 + 4 * rigor.UNIT),  # safe_step and this line round three times
         compare("m", m, ">=", need),
         assumed(f"w_r ~ N(0, κ²I) independent, {'mirrored pairs' if antisymmetric else 'independent signs'}"),
         assumed(f"one of the draws of probability at least {chance:.3g}"),
