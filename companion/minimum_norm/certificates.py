@@ -14,7 +14,7 @@ from torch import Tensor
 
 from companion import data, kernels, rigor
 from companion.arguments import checked
-from companion.certificate import Assumption, Certificate, assumed, compare, gather, silent
+from companion.certificate import Assumption, Certificate, assumed, compare, gather, show, silent
 from companion.minimum_norm import first_layer, gates
 from companion.minimum_norm.gates import ClosedLoop, Level, Problem, Reference, largest_eigenvalue, lower, upper
 from companion.minimum_norm.kernel_limit import check_inputs, check_scale, equal_norm
@@ -344,8 +344,9 @@ def certify_width(
         antisymmetric: mirrored pairs, ``E = ||y||``; else ``E^2 = (||y||^2 + n kappa^2 rho^2 / 2) / delta``.
 
     Returns:
-        A `Certificate` with ``width`` (the smallest m), ``distance``, ``rate``, ``trivial`` (``sqrt(y.H^-1 y)``) and
-        ``informative``, the m at which the bound falls below that. Numbers are measured.
+        A `Certificate` with ``width`` (the smallest m), ``distance``, ``rate``, ``trivial`` (``||w_0 - w*||`` as m
+        grows: ``sqrt(y.H^-1 y)``, with independent signs ``sqrt(y.H^-1 y + kappa^2 trace(Sigma H^-1))``, Sigma the
+        ReLU kernel) and ``informative``, the m at which the bound falls below that. Numbers are measured.
 
     Raises:
         ValueError: inputs of unequal norm, or a number out of range.
@@ -366,7 +367,10 @@ def certify_width(
         return silent("Explicit width (formula)", (row,), f"kernel singular: λ₀ = {lam0:.3g}")
     E = E if antisymmetric else math.sqrt((E**2 + n * (kappa * rho) ** 2 / 2) / delta)
     need, constant = _explicit_width(n, rho, norm_X, E, kappa, lam0)
-    trivial = math.sqrt(max(0.0, float(y @ torch.linalg.solve(H, y))))
+    start = float(y @ torch.linalg.solve(H, y))
+    if not antisymmetric:  # the mean of what a random f_0 adds
+        start += kappa**2 * float(torch.linalg.solve(H, kernels.relu_kernel(X)).trace())
+    trivial = math.sqrt(max(0.0, start))
     log, chance = math.log(n / delta), 1 - (2 if antisymmetric else 3) * delta
     rows = [
         compare("λ₀ = λ_min(H)", lam0, ">", 0.0),
@@ -387,7 +391,7 @@ def certify_width(
     if failed is None:
         vacuous = " (vacuous: distance ≥ trivial)" if distance >= trivial > 0 else ""
         return Certificate(f"Explicit width (formula){vacuous}", True, tuple(rows), values)
-    reason = f"m is below {need:.3g}" if failed.name == "m" else f"{failed.name} is {failed.measured:.3g}"
+    reason = f"m is below {show(need, side='up')}" if failed.name == "m" else f"{failed.name} is {failed.measured:.3g}"
     kept = {key: values[key] for key in ("width", "trivial", "informative")}
     return Certificate("Explicit width (formula)", False, tuple(rows), kept, reason)
 
