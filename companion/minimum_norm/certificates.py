@@ -289,7 +289,7 @@ def function_bound(
     tau = rigor.norm(inner) * Q[:, None] / math.sqrt(m)  # (S, N + M)
     near = torch.zeros(len(W), len(both), dtype=torch.int64, device=X.device)
     open_near, open_open = (torch.zeros(len(W), len(both), N, dtype=torch.int64, device=X.device) for _ in range(2))
-    for _, P in first_layer.panels(both, W, first_layer.default_chunk(4 * len(W), len(both), m, X)):
+    for _, P in first_layer.panels(both, W, first_layer.chunk_size(4 * len(W), len(both), m, X)):
         fragile, gate = (P.abs() <= tau[:, :, None]).to(torch.int8), (P > 0).to(torch.int8)
         near += fragile.sum(-1)
         first_layer.add_counts(open_near, gate, fragile[:, :N].contiguous())
