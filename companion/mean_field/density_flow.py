@@ -1,10 +1,10 @@
 """The mean-field PDE on a grid: an independent finite-volume solver in one parameter dimension.
 
 At every depth t the density obeys ``d_s rho + d_theta (rho V) = 0`` with ``V = -d_theta (dE/drho)``; the depths know of
-each other only through the states and adjoint states of the net (see `companion.particles`, whose integration in depth
-is used here too; nothing moves with the particles). Cell averages move by fluxes through the faces, so that mass is
-kept to round-off: fifth-order WENO-Z values at the faces, upwind, and the strong-stability Runge-Kutta scheme of order
-three in s.
+each other only through the states and adjoint states of the net (see `Depth`, whose integration in depth is used here
+too; nothing moves with the particles). Cell averages move by fluxes through the faces, so that mass is kept to
+round-off: fifth-order WENO-Z values at the faces, upwind, and the strong-stability Runge-Kutta scheme of order three in
+s.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from companion.arguments import checked
 from companion.mean_field.blocks import Block
-from companion.mean_field.flow import Depth, check_data, check_times
-
-__all__ = ["DensityFlow", "fv_flow"]
+from companion.mean_field.flow import Depth, check_times
 
 
 @dataclass(frozen=True)
@@ -117,6 +116,7 @@ class _Grid:
         return (flux[:, :-1] - flux[:, 1:]) / self.width
 
 
+@checked(double=True)
 def fv_flow(
     block: Block,
     X: Float[Tensor, "n 1"],
@@ -144,7 +144,7 @@ def fv_flow(
         times: increasing training times at which to keep the flow.
         depth: number of Chebyshev points in depth.
         cfl: the largest part of a cell that is crossed in one step.
-        decay: c in the regulariser ``c e^{-s} int int |theta|^2`` (0: none).
+        decay: as in `limit_flow`.
 
     Returns:
         A `DensityFlow`.
@@ -155,7 +155,6 @@ def fv_flow(
 
     Source: the mean-field PDE, lesson 2; WENO-Z is Borges, Carmona, Costa and Don (2008).
     """
-    check_data(X, y, v)
     if block.k != 1 or X.shape[1] != 1:
         raise ValueError(f"block has k = {block.k} and X has {X.shape[1]} columns; the grid needs one of each")
     times = check_times(times)
