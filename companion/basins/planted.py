@@ -10,10 +10,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from companion.arguments import checked
-from companion.basins.shallow import check_shallow, dual_function, loss_derivatives
+from companion.basins.critical_points import BOUNDS, kantorovich
+from companion.basins.shallow import check_shallow, dual_function, loss_derivatives, recognized
 from companion.networks import Activation
 
-_ROUNDING = 1e-7  # curvature below this fraction of its terms may be nothing but rounding
+_ROUNDING = 1e-12  # curvature below this fraction of its terms may be nothing but rounding
+_FLAT = 1e-7  # and below this one a search that stopped at 1e-12 cannot tell it from none
 
 
 class Planted(NamedTuple):
@@ -100,23 +102,25 @@ def plant_bad_minimum(
         if float(losses[best]) < loss * (1 - 1e-6):
             competitor = [pool[:, best : best + 1].clone(), c[best].reshape(1, 1)]
             planted = Planted([W.clone(), v[:, None]], y[:, None], loss, competitor, float(losses[best]))
-            _check_minimum(planted, X, act)
+            _check_minimum(planted, X, sigma)
             return planted
         v = v / 2
     raise ValueError("no competitor was found; another seed or other touching points are needed")
 
 
-def _check_minimum(planted: Planted, X: Tensor, act: str | Activation) -> None:
-    """Refuse a point whose Hessian is not positive beyond rounding, or far from where its gradient vanishes."""
-    d = loss_derivatives(planted.weights, X, planted.Y, act)
-    values = torch.linalg.eigvalsh(d.hessian)[0]
-    size = max(float(T.abs().max()) for T in planted.weights)
-    rounding = torch.finfo(X.dtype).eps * len(values) * float(values[-1])
-    distance = float(torch.linalg.vector_norm(d.gradient)) / max(float(values[0]), 1e-300)
-    if not float(values[0]) > 100 * rounding or distance > 1e-6 * size:
+def _check_minimum(planted: Planted, X: Tensor, sigma: Activation) -> None:
+    """Refuse a point of which Kantorovich's theorem says nothing, or where it has no bounds a Hessian near singular."""
+    if recognized(sigma, "exp", *BOUNDS):
+        k = kantorovich(planted.weights, X, planted.Y, sigma)
+        smallest, largest, shown = float(k.smallest), float(k.largest), bool(k.holds)
+    else:
+        values = torch.linalg.eigvalsh(loss_derivatives(planted.weights, X, planted.Y, sigma).hessian)[0]
+        smallest, largest = float(values[0]), float(values[-1])
+        shown = smallest > 1e-9 * largest
+    if not shown:
         raise ValueError(
-            f"W, e and X give a point with Hessian eigenvalues from {float(values[0]):.3g} to {float(values[-1]):.3g}, "
-            f"about {distance:.3g} from a critical one; numbers less ill-conditioned are needed"
+            f"W, e and X give a point with Hessian eigenvalues from {smallest:.3g} to {largest:.3g}, not shown to lie at "
+            "a minimum in floating point; numbers less ill-conditioned are needed"
         )
 
 
@@ -197,8 +201,8 @@ def touching_points(
     residual = F.norm(dim=1)
     independent = torch.linalg.svdvals(H)[:, -1] > 1e-3 if m <= N else torch.zeros_like(bounded)
     relative = _relative_curvature(e, X, sigma, W)
-    one_sign = (relative.amin(-1) > _ROUNDING) | (relative.amax(-1) < -_ROUNDING)
-    touches = (residual < 1e-12) & independent & bounded & (relative.abs().amax((1, 2)) > _ROUNDING)
+    one_sign = (relative.amin(-1) > _FLAT) | (relative.amax(-1) < -_FLAT)
+    touches = (residual < 1e-12) & independent & bounded & (relative.abs().amax((1, 2)) > _FLAT)
     return TouchingPoints(e, W, residual, touches, touches & one_sign.all(1))
 
 

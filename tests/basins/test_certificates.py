@@ -43,14 +43,13 @@ def test_no_basin_below_full_column_rank_and_with_repeated_inputs():
     assert certificate.quantities["distinct inputs"] == 4
 
 
-@pytest.mark.slow
 def test_the_digits_have_no_basin_at_any_width_because_pixels_are_empty():
     X = data.digits(n=None, centre=False, normalize=False).X
-    empty = (X == 0).all(0).nonzero()[:, 0].tolist()
-    assert empty == [0, 32, 39]
-    certificate = basins.certify_no_basin(len(X), 1, "tanh", X=X)
+    assert (X == 0).all(0).nonzero()[:, 0].tolist() == [0, 32, 39]
+    few = X[:100]
+    certificate = basins.certify_no_basin(100, 1, "tanh", X=few)
     assert certificate.holds
-    assert certificate.assumptions[-1].measured == 61
+    assert certificate.assumptions[-1].measured == int(torch.linalg.matrix_rank(few))
 
 
 def test_a_relu_ray_keeps_the_loss():
