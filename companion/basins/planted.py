@@ -10,8 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from companion.arguments import checked
-from companion.basins.critical_points import BOUNDS, kantorovich
-from companion.basins.shallow import check_shallow, dual_function, loss_derivatives, recognized
+from companion.basins.shallow import check_shallow, dual_function, loss_derivatives
 from companion.networks import Activation
 
 _ROUNDING = 1e-12  # curvature below this fraction of its terms may be nothing but rounding
@@ -102,25 +101,31 @@ def plant_bad_minimum(
         if float(losses[best]) < loss * (1 - 1e-6):
             competitor = [pool[:, best : best + 1].clone(), c[best].reshape(1, 1)]
             planted = Planted([W.clone(), v[:, None]], y[:, None], loss, competitor, float(losses[best]))
-            _check_minimum(planted, X, sigma)
+            _check_minimum(planted.weights, X, planted.Y, sigma)
             return planted
         v = v / 2
     raise ValueError("no competitor was found; another seed or other touching points are needed")
 
 
-def _check_minimum(planted: Planted, X: Tensor, sigma: Activation) -> None:
-    """Refuse a point of which Kantorovich's theorem says nothing, or where it has no bounds a Hessian near singular."""
-    if recognized(sigma, "exp", *BOUNDS):
-        k = kantorovich(planted.weights, X, planted.Y, sigma)
-        smallest, largest, shown = float(k.smallest), float(k.largest), bool(k.holds)
-    else:
-        values = torch.linalg.eigvalsh(loss_derivatives(planted.weights, X, planted.Y, sigma).hessian)[0]
-        smallest, largest = float(values[0]), float(values[-1])
-        shown = smallest > 1e-9 * largest
-    if not shown:
+def _check_minimum(weights: list[Tensor], X: Tensor, Y: Tensor, sigma: Activation) -> None:
+    """Refuse a Hessian H that is not positive, or that twice the Newton step changes by 1/1000 in its own norm.
+
+    ``||H^-1/2 (H' - H) H^-1/2||`` does not depend on how weights are scaled, and measures how far the minimum is.
+    """
+    W, V = weights
+    d = loss_derivatives(weights, X, Y, sigma)
+    (H,), (gradient,) = d.hessian, d.gradient
+    root, failed = torch.linalg.cholesky_ex(H)
+    change = float("inf")
+    if not int(failed):
+        step = 2 * torch.cholesky_solve(gradient[:, None], root)[:, 0]
+        moved = [W - step[len(V) :].view(W.T.shape).T, V - step[: len(V), None]]
+        half = torch.linalg.solve_triangular(root, loss_derivatives(moved, X, Y, sigma).hessian[0] - H, upper=False)
+        change = float(torch.linalg.matrix_norm(torch.linalg.solve_triangular(root, half.T, upper=False), 2))
+    if not change < 1e-3:
         raise ValueError(
-            f"W, e and X give a point with Hessian eigenvalues from {smallest:.3g} to {largest:.3g}, not shown to lie at "
-            "a minimum in floating point; numbers less ill-conditioned are needed"
+            f"W, e and X give a point whose Hessian changes by {change:.2g} of itself within twice the Newton step; "
+            "numbers less ill-conditioned are needed"
         )
 
 
