@@ -181,6 +181,18 @@ def certify_strict_minimum(
     for name, given in (("weights", weights), ("competitor", competitor)):
         if isinstance(given, ExactPoint):
             raise TypeError(f"{name} is an ExactPoint; [W, V] is needed for level {level!r}")
+    return _float_certificate(weights, X, Y, act, level, competitor)
+
+
+@checked(double=True)
+def _float_certificate(
+    weights: Sequence[Tensor],
+    X: Float[Tensor, "*x N D"],
+    Y: Float[Tensor, "*y N 1"],
+    act: str | Activation,
+    level: str,
+    competitor: Sequence[Tensor] | None,
+) -> Certificate:
     stacked, sigma = check_shallow(weights, X, Y, act)
     if competitor is None:
         competitor = _search_competitor(stacked, X, Y, act)

@@ -68,7 +68,7 @@ def plant_bad_minimum(
     if not float(e.abs().max()) > 0:
         raise ValueError("e is zero; a normal that is not zero is needed")
     H = sigma.value(X @ W)  # (N, m)
-    pool = torch.randn(D, 4000, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(X)
+    pool = torch.randn(D, 4000, generator=torch.Generator().manual_seed(seed % 2**63), dtype=torch.float64).to(X)
     scales = torch.logspace(-1, 1, 4000, dtype=torch.float64, device="cpu").to(X)
     pool = pool * scales / (float(X.square().mean().sqrt()) or 1.0)
     features = sigma.value(X @ pool)

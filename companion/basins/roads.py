@@ -150,7 +150,7 @@ def descent_road(
     (W,), (V,) = stacked
     N, m = len(X), W.shape[1]
     H = sigma.value(X @ W)
-    pool, P = _candidates(X, sigma, torch.Generator().manual_seed(seed))
+    pool, P = _candidates(X, sigma, torch.Generator().manual_seed(seed % 2**63))
     V_A, free, Q = _slide(H, V, Y)
     # B: the silent neurons take the candidates farthest from the span
     fresh, Q = _pivots(P, Q, _NEW, relative=True)

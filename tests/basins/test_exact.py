@@ -120,6 +120,13 @@ def test_the_best_neuron_is_the_best_of_a_grid():
         (("exp", 2, ((1,), (1, 2)), (1, 1)), "multiples hold 2 neurons"),
         (("exp", 2, ((1,),), (1, 1)), "v 2 numbers"),
         (("exp", 2, (), ()), "multiples hold 0 neurons"),
+        (("exp", 2, None, (1,)), "tuples of integers"),
+        (("exp", 2, ((1.5,),), (1,)), "tuples of integers"),
+        (("exp", 2, ((1,),), 1), "tuples of integers"),
+        (("exp", 2, ((1,),), (float("nan"),)), "tuples of integers"),
+        (("exp", float("inf"), ((1,),), (1,)), "rational numbers are needed"),
+        (("sin", (None, 1), ((1,),), (1,)), "rational numbers are needed"),
+        ((None, 2, ((1,),), (1,)), "has exact values"),
     ],
 )
 def test_points_without_exact_features_are_refused(unchecked, arguments, words):

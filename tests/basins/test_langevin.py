@@ -44,6 +44,7 @@ def test_eyring_kramers_for_e1():
     at_min = shallow.loss_derivatives(*e1_at(), "sin").hessian[0]
     saddle = shallow.loss_derivatives(*e1_at(math.asin(math.sqrt(7 / 8)), 0.0), "sin").hessian[0]
     tau = basins.eyring_kramers(at_min, saddle, 1.0, 0.2, 2)
+    assert math.isinf(basins.eyring_kramers(at_min, saddle, 1.0, 1e-3, 2))
     lowest = (35 / 32 - math.sqrt((35 / 32) ** 2 + 4 * 98)) / 2
     assert tau / math.exp(5) == pytest.approx(math.pi / abs(lowest) * math.sqrt(98 / 48), rel=1e-9)
     ratio = [basins.exit_time_of_e1(T) / basins.eyring_kramers(at_min, saddle, 1.0, T, 2) - 1 for T in (0.4, 0.2)]
