@@ -129,7 +129,7 @@ def descent_road(
         Y: targets, shape (N, K).
         act: name or `Activation`.
         loss: the loss.
-        target: outputs F* to aim at, shape (N, K); needed for ``"logistic"``.
+        target: outputs F* to aim at, shape (N, K); needed for ``"logistic"``; None for the best on S.
         seed: of the pool of candidates for the silent neurons.
 
     Returns:
@@ -170,7 +170,7 @@ def descent_road(
     aim = Y if target is None else target
     aim = aim if q == N else Q @ (Q.mT @ aim)
     step = _solve(H_B, aim - F)
-    end = 1.0 if loss == "square" else _line_minimum(F, H_B @ step, Y, loss)
+    end = 1.0 if loss == "square" and target is None else _line_minimum(F, H_B @ step, Y, loss)
     sigma_q = float(torch.linalg.svdvals(H_B)[q - 1])
     vertices = ((W, V), (W, V_A), (W_B, V_A), (W_B, V_A + end * step))
     return Road(vertices, q, sigma_q, aim, int(free.sum()), X, Y, sigma, loss)

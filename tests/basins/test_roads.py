@@ -81,6 +81,16 @@ def test_the_logistic_road_stops_at_the_lowest_point_of_its_last_piece():
     assert float((losses[1:] - losses[:-1]).max()) <= 1e-12
 
 
+def test_a_road_to_other_outputs_stops_where_it_is_lowest():
+    """The square loss, aimed at 3 Y from outputs 0: 0 a third of the way; at -Y: it never starts."""
+    X, Y = torch.cat([gaussian(5, 2), torch.ones(5, 1, dtype=F64)], 1), gaussian(5, 1, seed=5)
+    weights = [gaussian(3, 6, seed=1), torch.zeros(6, 1, dtype=F64)]
+    for target, lowest in ((3 * Y, 0.0), (-Y, 0.5 * float(Y.square().sum()))):
+        road = basins.descent_road(weights, X, Y, "tanh", target=target)
+        assert float(basins.road_losses(road, 30)[-1]) == pytest.approx(lowest, abs=1e-20)
+        assert road.certificate(30).holds
+
+
 def test_several_outputs_have_a_road():
     X = torch.cat([gaussian(8, 2), torch.ones(8, 1, dtype=F64)], 1)
     road = basins.descent_road([gaussian(3, 9), gaussian(9, 3, seed=1)], X, gaussian(8, 3, seed=2), "tanh")
