@@ -351,12 +351,14 @@ def _paper_one(s: Spectra, at: PaperAtRadii, necessary: float, rows: list[Assump
         rows += [compare(name, float(r), ">=", 1.0) for name, r in zip(names, at.ratios, strict=True)]
     else:
         rows.append(compare("(i) is satisfied by some radii", False, "is", True))
+    if found and not 0 < step < math.inf:
+        rows.append(Assumption("η is a float", step, ">", 0.0, "measured", False))
     rows.append(assumed(_DESCENT))
     quantities = {"alpha_0": alpha_0, "R_0": float(s.R_0)}
     if math.isfinite(necessary):
         quantities["necessary"] = necessary
     broken = [a.name.split(" ")[0] for a in rows if not a.holds]
     if found and not broken:
-        quantities |= {"max_step": step, "rate": step * alpha_0**2 / 8, "radii": at.C.tolist()}
+        quantities |= {"max_step": step, "rate": step * alpha_0 * alpha_0 / 8, "radii": at.C.tolist()}
     reason = f"condition {', '.join(broken)} fails" if found else "no_radii: no C satisfies condition (i)"
     return Certificate("Theorem P", not broken, tuple(rows), quantities, "" if not broken else reason)

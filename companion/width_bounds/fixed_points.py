@@ -204,8 +204,8 @@ def at_radii(
 @checked
 def ball_map(
     s: Spectra,
-    C: Tensor,
-    epsilon: Tensor | float,
+    C: Float[Tensor, "*radii L"],
+    epsilon: Float[Tensor, "*grid"] | float,
     mode: Literal["gd", "flow"] = "gd",
     path: Literal["telescope", "plain"] = "telescope",
 ) -> AtRadii:
@@ -238,7 +238,7 @@ def ball_map(
 def ball_fixed_point(
     s: Spectra,
     *,
-    epsilon: Tensor | float = 0.25,
+    epsilon: Float[Tensor, "*grid"] | float = 0.25,
     mode: Literal["gd", "flow"] = "gd",
     path: Literal["telescope", "plain"] = "telescope",
 ) -> AtRadii:
@@ -279,9 +279,9 @@ def inflated(T: Tensor) -> Tensor:
 
 def check_share(epsilon: Tensor | float) -> None:
     """Refuse an epsilon outside (0, 1)."""
-    good = (epsilon > 0) & (epsilon < 1) if isinstance(epsilon, Tensor) else 0 < epsilon < 1
-    if not bool(good.all() if isinstance(good, Tensor) else good):
-        raise ValueError(f"epsilon is {epsilon}; a number strictly between 0 and 1 is needed")
+    for share in epsilon.flatten().tolist() if isinstance(epsilon, Tensor) else [epsilon]:
+        if not 0 < share < 1:
+            raise ValueError(f"epsilon is {share}; a number strictly between 0 and 1 is needed")
 
 
 def best_share(s: Spectra, step: float | None = None) -> float | None:
@@ -358,19 +358,18 @@ def paper_map(s: Spectra, C: Tensor) -> PaperAtRadii:
     bar = s.w + C
     P = torch.stack([_product_without(bar, layer) for layer in range(bar.shape[-1])], -1)
     last, lowers = bar[..., -1], P[..., -1]
-    # sum_{l<L} (P_l / lambda_L)^2 without the division: lambda_L = 0 when W_L = 0 and C = 0
-    S = torch.stack([_product_without(bar[..., :-1], layer) ** 2 for layer in range(bar.shape[-1] - 1)], -1).sum(-1)
-    right = torch.stack(
-        [
-            16 * s.X_F * s.R_0 * torch.where(C > 0, P / C, math.inf).amax(-1) / s.alpha_0**2,
-            32 * s.X_F**2 * last * S * s.R_0 / s.alpha_0**3,
-            16 * s.X_F**2 * last**2 * S / s.alpha_0**2,
-        ],
-        -1,
-    )
+    # sqrt(S) without a division: lambda_L = 0 when W_L = 0 and C = 0; and nothing squared that may leave the floats
+    root_S = rigor.norm(torch.stack([_product_without(bar[..., :-1], layer) for layer in range(bar.shape[-1] - 1)], -1))
+    x, R = s.X_F / s.alpha_0, s.R_0 / s.alpha_0
+    right = [
+        16 * x * R * torch.where(C > 0, P / C, math.inf).amax(-1),
+        32 * (x * root_S) ** 2 * last * R,
+        16 * (x * root_S * last) ** 2,
+    ]
     hidden = (bar[..., :-1] ** -2).sum(-1)
     step = torch.minimum(8 / s.alpha_0**2, hidden / (s.X_F * lowers * last * (hidden + last**-2)) ** 2)
-    return PaperAtRadii(C, 1 / right, step, (right <= 1).all(-1))
+    ratios = 1 / torch.stack(right, -1)
+    return PaperAtRadii(C, ratios, step, (ratios >= 1).all(-1))
 
 
 def paper_fixed_point(s: Spectra) -> PaperAtRadii:
@@ -379,7 +378,7 @@ def paper_fixed_point(s: Spectra) -> PaperAtRadii:
     Conditions (ii) and (iii) only worsen as C grows, so that no other radii do better (lesson 1).  Where no radii
     satisfy (i), C = 0 is returned: the ratio of (i) is then 0, and those of (ii) and (iii) are upper bounds.
     """
-    scale = (16 * s.X_F * s.R_0 / s.alpha_0**2)[..., None]
+    scale = (16 * (s.X_F / s.alpha_0) * (s.R_0 / s.alpha_0))[..., None]
     C, done = torch.full_like(s.w, _LEAST), torch.zeros_like(s.alpha_0, dtype=torch.bool)
     for _ in range(_MAX_ROUNDS):
         bar = s.w + C

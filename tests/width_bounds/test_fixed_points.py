@@ -263,6 +263,14 @@ def test_paper_map_is_the_theorem_as_stated(seed, L):
     assert bool(at.feasible) is (min(ratios) >= 1)
 
 
+@pytest.mark.parametrize("size", [1e-170, 1e120, 1e160])
+def test_the_ratios_of_theorem_p_leave_no_float(size):
+    """(i)-(iii) do not change when X and alpha_0 are multiplied by one number, and R_0 too."""
+    s, C = random_spectra(5, 3)
+    found = fixed_points.paper_map(replace(s, X_F=size * s.X_F, alpha_0=size * s.alpha_0, R_0=size * s.R_0), C)
+    assert found.ratios.tolist() == pytest.approx(fixed_points.paper_map(s, C).ratios.tolist(), rel=1e-12)
+
+
 @pytest.mark.parametrize("L", [2, 3, 4])
 def test_the_optimal_radii_satisfy_the_first_condition_and_no_smaller_ones_do(L):
     for seed in range(10):
