@@ -433,7 +433,7 @@ def test_options_out_of_range_are_refused():
 def test_the_certificate_of_theorem_p_is_the_theorem_as_stated(level):
     X, Y, weights = relu_problem(6, 6, (6, 30, 1), 4, beta=150.0)
     weights[1] = 1e-3 * gaussian(1, 30, 1)
-    radii = [0.5, 2.0]
+    radii = [0.5, 8.0]
     cert = wb.certify_paper(X, Y, weights, radii, level=level)
     one = [W[0] for W in weights]
     s = certificates.certified_spectra(X, Y, one) if level == "certified" else wb.spectra(X, Y, one).member(0)
