@@ -187,12 +187,13 @@ def _dependent(X: Tensor, Y: Tensor, one: list[Tensor]) -> str:
     F, _ = finite_features(X, Y, [W[None] for W in one])
     for layer, f in enumerate(F[1:], 1):
         found = data.degeneracies(f[0])
+        above = ", whatever the widths above" if layer < len(F) - 1 else ""
         if found.zero_rows:
             samples = ", ".join(map(str, found.zero_rows[:5]))
-            return f"; no neuron of layer {layer} is active on sample {samples}, whatever the widths above"
+            return f"; no neuron of layer {layer} is active on sample {samples}{above}"
         if found.parallel_pairs:
             i, j = found.parallel_pairs[0]
-            return f"; rows {i} and {j} of F_{layer} are, to rounding, positively parallel, whatever the widths above"
+            return f"; rows {i} and {j} of F_{layer} are, to rounding, positively parallel{above}"
     return ""
 
 

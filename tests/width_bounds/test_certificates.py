@@ -279,7 +279,12 @@ def test_dependent_features_are_named(level):
     dead = (networks.features(weights, X)[1][0] == 0).all(1).nonzero()[:, 0].tolist()
     assert len(dead) == 2
     reason = wb.certify(X, Y, weights, level=level).reason
-    assert f"no neuron of layer 1 is active on sample {dead[0]}, {dead[1]}" in reason
+    assert reason.endswith(f"no neuron of layer 1 is active on sample {dead[0]}, {dead[1]}, whatever the widths above")
+    X, Y, (W_1, W_2) = relu_problem(4, 4, (4, 40, 1), 1)
+    off = -W_1.abs() * X[2].sign()[:, None]
+    reason = wb.certify(X, Y, [off, W_2], level=level).reason
+    assert "no neuron of layer 1 is active on sample" in reason
+    assert "above" not in reason
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
