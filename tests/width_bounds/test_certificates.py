@@ -84,6 +84,9 @@ def test_certified_inequalities_hold_in_rationals(deep_net):
     assert rho > 0
     assert all(c >= t * R_0 / rho for c, t in zip(C, (g1, g2, alpha), strict=True))
     assert Fraction(cert.quantities["rho"]) <= rho
+    assert Fraction(cert.quantities["alpha"]) < alpha
+    for name, exact in (("d", d2), ("B", g1**2 + g2**2), ("phi", phi[2] + d2)):
+        assert Fraction(cert.quantities[name]) > exact
     assert Fraction(cert.quantities["max_step"]) <= Fraction(1, 2) / (phi[2] + d2) ** 2
 
 
