@@ -120,7 +120,7 @@ def _certificate(
     """The rows, the quantities and the reason for one network."""
     factor, theta = (4 if step is None else 8), number(theta, level)
     of = like(theta)
-    r, lam, kappa = of(at.r), of(at.lam), rigor.norm(of(v))
+    r, lam, kappa = of(at.r), of(at.lam), upper(rigor.norm(of(v)))
     values = {"lambda": at.lam, "E_0": upper(r**2 / (2 * n)), "residual": at.r}
     rows = [
         Assumption("inputs distinct, or merged with equal targets", True, "is", True, "exact", True),
