@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from companion.rigor.arbs import Jet, ball_functions, ends, flint
+from companion.rigor.arbs import Jet
 
 EXACT_ACTIVATIONS = ("exp", "sigmoid", "tanh", "sin")
 Base = Fraction | int | tuple[Fraction | int, Fraction | int]
@@ -159,8 +159,21 @@ class ExactPoint:
     multiples: tuple[tuple[int, ...], ...]
     v: tuple[Fraction, ...]
 
+    def __post_init__(self) -> None:
+        check_base(self.act, self.base)
+        sizes = {len(a) for a in self.multiples}
+        if len(sizes) != 1 or 0 in sizes or len(self.multiples) != len(self.v):
+            raise ValueError(
+                f"multiples hold {len(self.multiples)} neurons of {sorted(sizes)} integers, v {len(self.v)} numbers; "
+                "as many of each, all of D integers, are needed"
+            )
+
     def jets(self, X: Sequence[Sequence[int]]) -> list[list[Jet]]:
         """``jets[n][j]``, the 2-jet of neuron j at input n."""
+        if len(X[0]) != len(self.multiples[0]):
+            raise ValueError(
+                f"X has {len(X[0])} columns, the neurons take {len(self.multiples[0])}; they must be equal"
+            )
         products = [[sum(a * x for a, x in zip(w, row, strict=True)) for w in self.multiples] for row in X]
         return [[exact_jet(self.act, self.base, k) for k in row] for row in products]
 
@@ -171,26 +184,51 @@ class ExactPoint:
     def weights(self) -> list[Tensor]:
         """The nearest floating-point weights ``[W, V]``, shapes (D, m) and (m, 1)."""
         u = math.atan2(self.base[1], self.base[0]) if self.act == "sin" else math.log(self.base)
-        W = torch.tensor(self.multiples, dtype=torch.float64).T * u
-        return [W.contiguous(), torch.tensor([[float(t)] for t in self.v], dtype=torch.float64)]
+        W = torch.tensor(self.multiples, dtype=torch.float64, device="cpu").T * u
+        V = torch.tensor([[float(t)] for t in self.v], dtype=torch.float64, device="cpu")
+        return [W.contiguous(), V]
 
 
 def integers(X: Any) -> tuple[tuple[int, ...], ...]:
     """Inputs as tuples of integers, refused when they are not integers; very large ones make very long fractions.
 
     Raises:
-        ValueError: an entry that is not an integer, or beyond 10^4 in size (its powers would fill the memory).
+        ValueError: no rows or rows of different lengths, an entry that is not an integer, or beyond 10^4 in size (its
+            powers would fill the memory).
     """
-    rows = X.tolist() if isinstance(X, Tensor) else [r if isinstance(r, list | tuple) else [r] for r in X]
-    out = []
-    for n, row in enumerate(rows):
-        for t in row:
-            if Fraction(t).denominator != 1:
-                raise ValueError(f"X holds {t} in row {n}; exact arithmetic needs integer inputs")
-            if abs(t) > 10_000:
-                raise ValueError(f"X holds {t} in row {n}; beyond 10000 exact powers get too long, rescale the inputs")
-        out.append(tuple(int(t) for t in row))
-    return tuple(out)
+    rows = _rationals("X", X)
+    for n, t in ((n, t) for n, row in enumerate(rows) for t in row):
+        if t.denominator != 1:
+            raise ValueError(f"X holds {t} in row {n}; exact arithmetic needs integer inputs")
+        if abs(t) > 10_000:
+            raise ValueError(f"X holds {t} in row {n}; beyond 10000 exact powers get too long, rescale the inputs")
+    return tuple(tuple(map(int, row)) for row in rows)
+
+
+def targets(Y: Any) -> list[Fraction]:
+    """Targets of one output as fractions; floats are the rational numbers they are.
+
+    Raises:
+        ValueError: no rows, several columns, or what is no finite number.
+    """
+    rows = _rationals("Y", Y)
+    if len(rows[0]) != 1:
+        raise ValueError(f"Y has {len(rows[0])} columns; one target for each input is needed")
+    return [t for (t,) in rows]
+
+
+def _rationals(name: str, A: Any) -> list[list[Fraction]]:
+    """Rows of fractions from a tensor, from rows, or from a column of numbers."""
+    try:
+        rows = [list(r) if isinstance(r, list | tuple) else [r] for r in (A.tolist() if isinstance(A, Tensor) else A)]
+        rows = [[Fraction(t) for t in row] for row in rows]
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{name} is {A!r}; rows of finite rational numbers are needed") from None
+    if not rows or {len(row) for row in rows} != {len(rows[0]) or 1}:
+        raise ValueError(
+            f"{name} has rows of {sorted({len(row) for row in rows})} numbers; rows of one length are needed"
+        )
+    return rows
 
 
 def best_exact_neuron(
@@ -210,83 +248,3 @@ def best_exact_neuron(
     if best is None:
         raise ValueError(f"every feature of {act} with multiples up to {reach} vanishes on X; raise reach")
     return best, lowest
-
-
-# --- intervals --------------------------------------------------------------------------------------------------------
-
-
-def ball_derivatives(W: Sequence[Sequence[Any]], v: Sequence[Any], X: Tensor, y: Tensor, act: str) -> Jets2:
-    """Loss, gradient, Hessian on balls: every true value for weights in the balls lies in the result.
-
-    Args:
-        W: m rows ``w_j`` of D balls (or floats, taken as exact).
-        v: m balls.
-        X: inputs (N, D), taken as the exact floats they are.
-        y: targets (N,).
-        act: one of `BALL_ACTIVATIONS`.
-
-    Returns:
-        The `Jets2`, entries of type ``flint.arb``.
-    """
-    arb, jet = flint().arb, ball_functions()[act]
-    X, y = [[arb(t) for t in row] for row in X.tolist()], [arb(t) for t in y.tolist()]
-    jets = [[jet(sum((w[d] * row[d] for d in range(len(row))), arb(0))) for w in W] for row in X]
-    return derivatives(jets, v, X, y)
-
-
-class Krawczyk(NamedTuple):
-    """What `krawczyk` found: ``radius`` of the box (None if not shown), smallest pivot, enclosure of the loss."""
-
-    radius: float | None
-    smallest_pivot: float
-    loss_low: float
-    loss_high: float
-
-
-def krawczyk(W: Tensor, v: Tensor, X: Tensor, y: Tensor, act: str) -> Krawczyk:
-    """Show that the box ``theta +- r`` holds exactly one critical point, and that it is a strict minimum.
-
-    ``K = theta - Y grad L(theta) + (I - Y Hess L(box)) (box - theta)`` inside the box gives existence and uniqueness
-    (Krawczyk); positive pivots of ``L D L^T`` of the Hessian on the whole box give strictness.
-
-    Args:
-        W: (D, m).
-        v: (m,).
-        X: (N, D).
-        y: (N,).
-        act: one of `BALL_ACTIVATIONS`.
-
-    Returns:
-        The `Krawczyk` record; ``radius`` None means that it was not shown.
-    """
-    lib = flint()
-    arb, m, D = lib.arb, W.shape[1], W.shape[0]
-    theta = [*v.tolist(), *W.T.reshape(-1).tolist()]
-
-    def at(balls: list[Any]) -> Jets2:
-        return ball_derivatives([balls[m + j * D : m + (j + 1) * D] for j in range(m)], balls[:m], X, y, act)
-
-    here = at([arb(t) for t in theta])
-    H = torch.tensor([[float(t.mid()) for t in row] for row in here.hessian], dtype=torch.float64)
-    low, high = ends(here.loss)
-    if int(torch.linalg.matrix_rank(H)) < len(H):
-        return Krawczyk(None, 0.0, low, high)
-    R = [[arb(t) for t in row] for row in torch.linalg.inv(H).tolist()]  # any matrix will do: nothing trusts it
-    p = range(len(theta))
-    newton = [sum((R[i][k] * here.gradient[k] for k in p), arb(0)) for i in p]
-    least = max(float(abs(t).upper()) for t in newton)
-    smallest = 0.0
-    for factor in (2.0, 10.0, 100.0, 1e4):
-        r = max(factor * least, 1e-15)
-        box = at([arb(t, r) for t in theta])
-        pivots = ldl_pivots(box.hessian)
-        smallest = min(float(t.lower()) for t in pivots)
-        inside = True
-        for i in p:
-            spread = sum(
-                (abs((1 if i == k else 0) - sum((R[i][l] * box.hessian[l][k] for l in p), arb(0))) for k in p), arb(0)
-            )
-            inside &= bool(abs(newton[i]) + spread * r < r)
-        if inside and smallest > 0 and len(pivots) == len(theta):
-            return Krawczyk(r, smallest, *ends(box.loss))
-    return Krawczyk(None, smallest, low, high)

@@ -12,20 +12,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from companion import networks
-from companion.networks import Activation, activation
+from companion.arguments import checked
+from companion.networks import ACTIVATIONS, Activation, activation
 
 LOSSES = ("square", "logistic")
 _LM_UP, _LM_DOWN = 4.0, 0.25  # the damping after a rejected and after an accepted step
 _COMPACT = 5  # finished networks leave the batch every so many iterations
 _KICK = 50  # a push along a direction of negative curvature every so many Newton steps
 _KICK_SIZES = (0.3, -0.3, 0.03, -0.03)
+
+
+def recognized(sigma: Activation, *names: str) -> bool:
+    """Whether sigma is companion's own activation of one of these names; another one may bear the same name."""
+    return sigma.name in names and sigma is ACTIVATIONS.get(sigma.name)
 
 
 def check_shallow(
@@ -78,7 +84,7 @@ def check_shallow(
         raise ValueError(f"Y has {Y.shape[-2]} rows, X has {X.shape[-2]}; one target for each input is needed")
     if outputs is not None and stacked[1].shape[2] != outputs:
         raise ValueError(f"V has {stacked[1].shape[2]} columns; {outputs} output is needed")
-    if order >= 2 and (sigma.second is None or sigma.name in ("relu", "step")):
+    if order >= 2 and (sigma.second is None or recognized(sigma, "relu", "step")):
         raise ValueError(f"activation {sigma.name!r} has no second derivative; a smooth one is needed for a Hessian")
     return stacked, sigma
 
@@ -103,13 +109,14 @@ class Derivatives(NamedTuple):
         return self.gram + self.curvature
 
 
+@checked(double=True)
 def loss_derivatives(
     weights: Sequence[Tensor],
     X: Float[Tensor, "*x N D"],
     Y: Float[Tensor, "*y N 1"],
     act: str | Activation,
     *,
-    loss: str = "square",
+    loss: Literal["square", "logistic"] = "square",
 ) -> Derivatives:
     """Loss, gradient and Hessian in closed form: ``Hessian = J^T diag(l'') J + C(e)``.
 
@@ -128,7 +135,9 @@ def loss_derivatives(
 
     Raises:
         TypeError: not float64.
-        ValueError: see `check_shallow`; an unknown loss.  Source: derived in lesson 5.
+        ValueError: see `check_shallow`; an unknown loss.
+
+    Source: derived in lesson 5, exercise on the Hessian.
     """
     (W, V), sigma = check_shallow(weights, X, Y, act)
     S, D, m = W.shape
@@ -158,6 +167,7 @@ def pointwise(f: Tensor, y: Tensor, loss: str) -> tuple[Tensor, Tensor, Tensor]:
     raise ValueError(f"loss is {loss!r}; one of {', '.join(LOSSES)} is needed")
 
 
+@checked
 def dual_function(
     e: Float[Tensor, "*a N"], X: Float[Tensor, "*b N D"], act: str | Activation, W: Float[Tensor, "*c D m"]
 ) -> tuple[Float[Tensor, "S m"], Float[Tensor, "S m D"], Float[Tensor, "S m D D"]]:
@@ -251,6 +261,7 @@ class _Problem(NamedTuple):
         return A @ self.X
 
 
+@checked(double=True)
 def train_lm_newton(
     weights: Sequence[Tensor],
     X: Float[Tensor, "*x N D"],
@@ -307,61 +318,6 @@ def train_lm_newton(
     return Trained(weights, loss, gradient, iterations, gradient < tolerance, halfway)
 
 
-def descend(
-    weights: Sequence[Tensor],
-    X: Float[Tensor, "N D"],
-    Y: Float[Tensor, "*y N 1"],
-    act: str | Activation,
-    step: float,
-    steps: int,
-    *,
-    chunk: int = 256,
-) -> list[Tensor]:
-    """Plain gradient descent ``theta <- theta - step grad L`` on ``0.5 ||f - y||^2``, for thousands of tiny networks.
-
-    All neurons of a chunk of networks share one product with X, and a chunk makes all its steps while it is in the
-    cache: about twice as fast as `companion.descent.train` here, without its records; each network may have its own y.
-
-    Args:
-        weights: ``[W, V]``, shapes (S, D, m), (S, m, 1); not changed.
-        X: inputs, shape (N, D).
-        Y: targets, shape (N, 1) or (S, N, 1).
-        act: name or `Activation`.
-        step: the step, positive.
-        steps: number of steps.
-        chunk: networks handled at once.
-
-    Returns:
-        The weights after the last step, ``[W, V]``.
-
-    Raises:
-        TypeError: not float64.
-        ValueError: see `check_shallow`; a step that is not positive, or a number below 1.
-    """
-    (W, V), sigma = check_shallow(weights, X, Y, act, order=1)
-    if not (0 < step < float("inf")) or steps < 0 or chunk < 1:
-        raise ValueError(f"step, steps, chunk are {step}, {steps}, {chunk}; a positive step and counts are needed")
-    S, D, m = W.shape
-    neurons, v = (T.mT.clone(memory_format=torch.contiguous_format) for T in (W, V))  # (S, m, D), (S, 1, m)
-    Y = Y[..., 0].expand(S, len(X))[:, None]
-    XT = X.T.contiguous()
-    for a in range(0, S, chunk):
-        w, u, y = neurons[a : a + chunk].view(-1, D), v[a : a + chunk], Y[a : a + chunk].contiguous()
-        Z, A = (w.new_empty(len(u), m, len(X)) for _ in range(2))
-        r = torch.empty_like(y)
-        for _ in range(steps):
-            torch.mm(w, XT, out=Z.view(-1, len(X)))
-            H = Z if sigma.value_ is not None and sigma.pull is not None else sigma.value(Z)
-            if H is Z:
-                sigma.value_(H)
-            torch.baddbmm(y, u, H, beta=-1, out=r).mul_(step)  # step (f - y)
-            torch.mul(u.mT, r, out=A)
-            A = sigma.pull(A, H) if sigma.pull is not None else A.mul_(sigma.derivative(Z))
-            u.baddbmm_(r, H.mT, alpha=-1)
-            w.addmm_(A.view(-1, len(X)), X, alpha=-1)
-    return [neurons.mT.contiguous(), v.mT.contiguous()]
-
-
 def _train_chunk(
     data: _Problem,
     W: Tensor,
@@ -413,11 +369,11 @@ def _step(data: _Problem, at: _Point, damping: Tensor, newton: bool) -> tuple[_P
     new = data.at(at.W - dW, at.v - dv)
     better = new.loss < at.loss
     accept = better | ((new.loss <= at.loss * (1 + 1e-13)) & (new.norm < at.norm))
-    factor = torch.where(accept, _LM_DOWN, _LM_UP)
     masks = {n: accept.view(-1, *(1,) * (n - 1)) for n in (1, 2, 3)}
     # a rejected trial may hold NaN: it is selected away, never multiplied
     merged = _Point(*(torch.where(masks[b.ndim], a, b) for a, b in zip(new, at, strict=True)))
-    return merged, (damping * factor).clamp(1e-20, 1e20)
+    damping = torch.where(accept, damping * _LM_DOWN, damping * _LM_UP)
+    return merged, damping.clamp(1e-20, 1e20)
 
 
 def _dual_direction(data: _Problem, at: _Point, mu: Tensor) -> tuple[Tensor, Tensor]:

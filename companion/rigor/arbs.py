@@ -71,7 +71,13 @@ def enclosed_features(weights: Sequence[Tensor], X: Tensor, act: str) -> tuple[T
 
     Returns:
         Midpoints as floats, and upper bounds on the distance of the true features from them.
+
+    Raises:
+        ValueError: X or a weight holds NaN or infinity, where the features are no functions of the weights.
     """
+    for name, A in (("X", X), *((f"W_{i + 1}", W) for i, W in enumerate(weights))):
+        if not bool(torch.isfinite(A).all()):
+            raise ValueError(f"{name} holds NaN or infinity; finite numbers are needed")
     lib, jet = flint(), ball_functions()[act]
     F = lib.arb_mat(X.tolist())
     for W in weights[:-1]:

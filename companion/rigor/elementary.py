@@ -127,47 +127,20 @@ def exp(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
 
 
 def expm1(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-    """Compute ``e^x - 1`` within ``4.75 u`` (3 u for negative x), also next to 0; arguments as `exp`.
-
-    Args:
-        x: float64, any numbers; NaN stays NaN.
-
-    Returns:
-        The values, of the shape of `x`.
-
-    Source: derived at the top of this module.
-    """
+    """Compute ``e^x - 1`` within ``4.75 u`` (3 u for negative x), also next to 0; arguments and source as `exp`."""
     k, s = _reduced(x.clamp(-700.0, 710.0))
     half = power_of_two(k - 1)  # 2^1024 would be no float
     return torch.where(k == 0, s, 2 * (half * s + (half - 0.5)))
 
 
 def tanh(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-    """Compute ``tanh x`` within ``5.5 u``, also next to 0.
-
-    Args:
-        x: float64, any numbers; NaN stays NaN.
-
-    Returns:
-        The values, of the shape of `x`, in [-1, 1].
-
-    Source: derived at the top of this module.
-    """
+    """Compute ``tanh x`` within ``5.5 u``, also next to 0; arguments and source as `exp`."""
     T = expm1((-2 * x.abs()).clamp(min=-40.0))
     return torch.copysign(T / (2 + T), x)
 
 
 def log(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-    """Compute ``log x`` within ``3 u``, also next to 1; minus infinity at 0, NaN below.
-
-    Args:
-        x: float64, any numbers; NaN stays NaN.
-
-    Returns:
-        The values, of the shape of `x`.
-
-    Source: derived at the top of this module.
-    """
+    """Compute ``log x`` within ``3 u``, also next to 1; minus infinity at 0, NaN below; else as `exp`."""
     out = _log_of(*_fraction(x), 0.0)
     bits = x.view(torch.int64)  # a comparison with 0 might take a subnormal number for 0
     out = torch.where(bits & MAGNITUDE == 0, -math.inf, torch.where(bits < 0, math.nan, out))
@@ -175,16 +148,7 @@ def log(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
 
 
 def log1p(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-    """Compute ``log(1 + x)`` within ``3 u``, also next to 0; minus infinity at -1, NaN below.
-
-    Args:
-        x: float64, any numbers; NaN stays NaN.
-
-    Returns:
-        The values, of the shape of `x`.
-
-    Source: derived at the top of this module.
-    """
+    """Compute ``log(1 + x)`` within ``3 u``, also next to 0; minus infinity at -1, NaN below; else as `exp`."""
     w = 1 + x
     c = torch.where(x.abs() > 1, 1 - (w - x), x - (w - 1))
     near = (x > -0.2928) & (x < 0.4142)
@@ -196,31 +160,13 @@ def log1p(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
 
 
 def sigmoid(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-    """Compute ``1 / (1 + e^-x)`` within ``4.25 u``.
-
-    Args:
-        x: float64, any numbers; NaN stays NaN.
-
-    Returns:
-        The values, of the shape of `x`, in [0, 1].
-
-    Source: derived at the top of this module.
-    """
+    """Compute ``1 / (1 + e^-x)`` within ``4.25 u``; arguments and source as `exp`."""
     e = exp(-x.abs())
     return torch.where(x < 0, e, 1.0) / (1 + e)
 
 
 def softplus(x: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
-    """Compute ``log(1 + e^x)`` within ``5.5 u``.
-
-    Args:
-        x: float64, any numbers; NaN stays NaN.
-
-    Returns:
-        The values, of the shape of `x`.
-
-    Source: derived at the top of this module.
-    """
+    """Compute ``log(1 + e^x)`` within ``5.5 u``; arguments and source as `exp`."""
     return x.clamp(min=0.0) + log1p(exp(-x.abs()))
 
 

@@ -9,13 +9,13 @@ A float in a formula counts as the number that it is: ``x * 0.5`` is exact, ``x 
 numbers beside an interval are whole numbers, fractions, tensors, or floats with at most 20 binary places; anything else
 is wrapped by its author: ``point(Fraction(1, 10))`` for a tenth, ``point(0.1)`` for the float next to it.
 
-There is no ``<``, since of two intervals often neither is surely less: `below` and `at_most` say where it is sure.
+There is no ``<``, since of two intervals often neither is surely less: compare ends.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -94,11 +94,11 @@ class Interval:
         if exponent < 0:
             return _reciprocal(self) ** -exponent
         base = self if exponent % 2 else abs(self)
-        one = torch.where(base.lo.isnan(), math.nan, torch.ones_like(base.lo))
-        low, high = Interval(one, one), Interval(one, one)
-        for _ in range(exponent):
-            low, high = low * Interval(base.lo, base.lo), high * Interval(base.hi, base.hi)
-        return Interval(low.lo if exponent % 2 else low.lo.clamp(min=0.0), high.hi)
+        least, most = _power(base.lo, exponent, down), _power(base.hi, exponent, up)
+        if exponent % 2:
+            least = torch.where(self.lo < 0, -_power(self.lo, exponent, up), least)
+            most = torch.where(self.hi < 0, -_power(self.hi, exponent, down), most)
+        return Interval(least, most)
 
     def reciprocal(self) -> Interval:
         """``1 / x``."""
@@ -151,21 +151,6 @@ class Interval:
         other = _lift(other, self)
         return Interval(torch.maximum(self.lo, other.lo), torch.maximum(self.hi, other.hi))
 
-    def minimum(self, other: Number) -> Interval:
-        """The smaller of two numbers."""
-        other = _lift(other, self)
-        return Interval(torch.minimum(self.lo, other.lo), torch.minimum(self.hi, other.hi))
-
-    # --- Comparisons --------------------------------------------------------------------------------------------------
-
-    def below(self, other: Number) -> Tensor:
-        """Where every number of this interval is surely less than every number of the other."""
-        return self.hi < _lift(other, self).lo
-
-    def at_most(self, other: Number) -> Tensor:
-        """Where no number of this interval can be larger than any number of the other."""
-        return self.hi <= _lift(other, self).lo
-
     # --- Shapes -------------------------------------------------------------------------------------------------------
 
     def unsqueeze(self, dim: int) -> Interval:
@@ -196,6 +181,15 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     lost = out.isnan()
     if bool(lost.any()):
         out = torch.where(lost & ~a.isnan() & ~b.isnan(), 0.0, out)
+    return out
+
+
+def _power(x: Tensor, exponent: int, outward: Callable[[Tensor], Tensor]) -> Tensor:
+    """``|x|^exponent``, rounded up or down after every product, and not below 0."""
+    size = x.abs()
+    out = size if exponent else torch.where(x.isnan(), x, torch.ones_like(x))
+    for _ in range(exponent - 1):
+        out = outward(out * size).clamp(min=0.0)
     return out
 
 
