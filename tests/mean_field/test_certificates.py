@@ -36,7 +36,7 @@ def test_where_zero_loss_is_certified_descent_keeps_its_promises(seed, block, eq
         X, y = torch.cat([X, X[1:2]]), torch.cat([y, y[1:2]])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        h = mf.certify_zero_loss(block, theta, X, y, v, step=1e-9).quantities.get("h_max", 0.1) * 0.99
+        h = mf.certify_zero_loss(block, theta, X, y, v, step=1e-9).quantities.get("max_step", 0.1) * 0.99
         found = mf.certify_zero_loss(block, theta, X, y, v, step=h)
         certain = mf.certify_zero_loss(block, theta, X, y, v, step=h, level="certified")
         flow = mf.certify_zero_loss(block, theta, X, y, v)
@@ -52,7 +52,7 @@ def test_where_zero_loss_is_certified_descent_keeps_its_promises(seed, block, eq
     assert local.holds
     assert local.quantities["ratio"] <= q["ratio"] * (1 + 1e-4)
     assert local_certain.quantities["ratio"] >= local.quantities["ratio"] * (1 - 1e-9)
-    for name, upper in (("Lambda", True), ("ratio", True), ("movement", True), ("lambda", False), ("h_max", None)):
+    for name, upper in (("Lambda", True), ("ratio", True), ("movement", True), ("lambda", False), ("max_step", None)):
         a, b = q[name], certain.quantities[name]
         assert b == pytest.approx(a, rel=1e-3)
         if upper is not None:  # a smaller lambda is also a smaller ball, and may allow larger steps
@@ -85,12 +85,12 @@ def test_zero_loss_on_the_plane_becomes_provable(trained_plane):
     assert found.holds
     assert found.status == "measured"
     assert 0.11 < found.quantities["lambda"] < 0.125
-    assert found.quantities["h_max"] == pytest.approx(0.147, abs=0.002)
+    assert found.quantities["max_step"] == pytest.approx(0.147, abs=0.002)
     assert found.quantities["E_0"] < 1e-18
     certain = mf.certify_zero_loss(block, late, PLANE, PLANE_Y, E1, step=0.14, level="certified")
     assert certain.holds
     assert certain.status == "certified"
-    h = certain.quantities["h_max"]
+    h = certain.quantities["max_step"]
     run = mf.train(block, late, PLANE, PLANE_Y, E1, h, 300, progress=False)
     assert mf.certify_zero_loss(block, late, PLANE, PLANE_Y, E1, step=h, level="certified").holds
     allowed = found.quantities["E_0"] * (1 - h * found.quantities["lambda"] / 16) ** torch.arange(301, dtype=F64)
@@ -222,11 +222,11 @@ def test_the_quantities_are_those_of_the_theorem(block, step, constants):
         "movement": factor / 2 * r / math.sqrt(lam),
         "R_s": region.radius,
         "beta": beta,
-    } | ({} if step is None else {"h_max": n / (beta**2 + Lambda * r)})
+    } | ({} if step is None else {"max_step": n / (beta**2 + Lambda * r)})
     assert set(q) == set(expected)
     for name, value in expected.items():
         assert q[name] == pytest.approx(value, rel=1e-9), name
-    for name in set(q) - {"h_max", "beta"}:  # certified is strictly on the safe side; a smaller lambda allows these
+    for name in set(q) - {"max_step", "beta"}:  # certified is strictly on the safe side; a smaller lambda allows these
         low, high = (certain, found) if name in ("lambda", "rate") else (found, certain)
         assert low.quantities[name] < high.quantities[name], name
 
@@ -238,7 +238,7 @@ def test_the_largest_step_counts_both_terms_and_a_residual_beyond_the_theorem_is
     theta, y = torch.zeros(1, 1, 1, dtype=F64), torch.tensor([0.3], dtype=F64)
     options = {"level": level, "constants": constants}
     bias = mf.certify_zero_loss(Bias(1), theta, ONE[None], y, 2 * ONE, step=0.2, **options).quantities
-    assert bias["h_max"] == pytest.approx(1 / 4, rel=1e-9)
+    assert bias["max_step"] == pytest.approx(1 / 4, rel=1e-9)
     assert bias["Lambda"] == pytest.approx(0, abs=1e-150)
     # f = theta z: beta and Lambda |r| both count
     X, y = torch.tensor([[1.0]], dtype=F64), torch.tensor([0.99], dtype=F64)
@@ -246,7 +246,7 @@ def test_the_largest_step_counts_both_terms_and_a_residual_beyond_the_theorem_is
     q = line.quantities
     assert line.holds
     assert q["Lambda"] * q["residual"] > 0.01
-    assert q["h_max"] == pytest.approx(1 / (q["beta"] ** 2 + q["Lambda"] * q["residual"]), rel=1e-12)
+    assert q["max_step"] == pytest.approx(1 / (q["beta"] ** 2 + q["Lambda"] * q["residual"]), rel=1e-12)
     far = mf.certify_zero_loss(Linear(1), theta, X, X[:, 0] + 0.05, ONE, step=1e-3, **options)
     assert far.reason.startswith("radius_diverged" if constants == "uniform" else "residual_too_large")
     assert far.quantities.get("ratio", 2) > 1
@@ -325,8 +325,8 @@ def test_what_an_ensemble_promises_holds_for_every_member():
     assert len(found.members) == 3
     for name, value in found.quantities.items():
         each = [m.quantities[name] for m in found.members]
-        assert value == (min(each) if name in ("lambda", "rate", "h_max") else max(each))
-    h = found.quantities["h_max"]
+        assert value == (min(each) if name in ("lambda", "rate", "max_step") else max(each))
+    h = found.quantities["max_step"]
     assert all(m.holds for m in mf.certify_zero_loss(block, theta, X, y, v, step=h).members)
 
 
@@ -338,7 +338,7 @@ def test_a_refused_step_names_one_that_passes():
         assert refused.reason.startswith("step_too_large: h = 1e+06, h_max = ")
         named = float(refused.reason.split("= ")[-1])
         assert mf.certify_zero_loss(block, theta, X, y, v, step=named).holds
-        assert named > 0.98 * refused.quantities["h_max"]
+        assert named > 0.98 * refused.quantities["max_step"]
 
 
 # --- torch's own settings ---------------------------------------------------------------------------------------------
