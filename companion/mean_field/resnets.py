@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -151,7 +151,7 @@ def rescaled_gradient(
     y: Float[Tensor, " n"],
     v: Float[Tensor, " d"],
     weights: Float[Tensor, " M"] | None = None,
-    out: Float[Tensor, "S L M k"] | None = None,
+    out: Any = None,
 ) -> tuple[Float[Tensor, " S"], Float[Tensor, "S L M k"]]:
     """Compute E and ``(1/n) sum_i p_{l+1}^i . d_theta f(z_l^i, theta_lm)``: the gradient divided by ``w_m / L``.
 
@@ -164,7 +164,8 @@ def rescaled_gradient(
         y: targets ``(n,)``.
         v: the output is ``v . z_L``, ``(d,)``.
         weights: see `forward`.
-        out: memory for the gradient; None for new memory, which costs time where the gradient is large.
+        out: memory for the gradient, ``(S, L, M, k)`` with any contents; None for new memory, which costs time where
+            the gradient is large.
 
     Returns:
         The loss ``(S,)`` and the rescaled gradient ``(S, L, M, k)``.
@@ -175,8 +176,11 @@ def rescaled_gradient(
     w = check_fit(block, theta, X, weights, y=y, v=v)
     _check_task(X, y, v)
     step = _Gradient(block, tuple(theta.shape), X, y, v, w)
-    if out is not None and (out.shape != theta.shape or out.dtype != theta.dtype or out.device != theta.device):
-        raise ValueError(f"out is {tuple(out.shape)} {out.dtype}; {tuple(theta.shape)} {theta.dtype} is needed")
+    if out is not None and not (isinstance(out, Tensor) and out.shape == theta.shape and out.dtype == theta.dtype):
+        found = f"{tuple(out.shape)} {out.dtype}" if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(f"out is {found}; a tensor {tuple(theta.shape)} {theta.dtype} is needed")
+    if out is not None and out.device != theta.device:
+        raise ValueError(f"out is on {out.device}, theta on {theta.device}; make them equal")
     G = torch.empty_like(theta) if out is None else out
     E = theta.new_empty(len(theta))
     for members in step.members(len(theta)):
