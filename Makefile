@@ -11,6 +11,8 @@ ALL    ?=
 SEED   ?=
 PORT   ?= 8000
 JOBS   ?= 2
+# REHEARSE=0 stores a lesson's run without rehearsing the rounding
+REHEARSE ?= 1
 
 BIN    := .venv/bin
 STAMP  := .venv/.installed
@@ -18,7 +20,7 @@ BUILD  := $(BIN)/jupyter-book build . --toc "$(CURDIR)/book/_toc.yml" -W --keep-
 # a backend chosen in the environment would make the notebooks' figures vanish
 unexport MPLBACKEND
 
-.PHONY: help book serve lessons text pictures records test unit mutants check-lessons lint format bench clean distclean env
+.PHONY: help book serve lessons rehearse text notebooks pictures records test unit mutants check-lessons lint format bench clean distclean env
 .DEFAULT_GOAL := help
 
 help:
@@ -26,10 +28,13 @@ help:
 	@echo "make serve      the same, opened by a local server on port $(PORT)"
 	@echo "make test       everything that must hold"
 	@echo "make lessons    run the lessons and write their notebooks (ONLY=01-width-bounds for one)"
+	@echo "                and rehearse them before they are stored (REHEARSE=0: without)"
+	@echo "make rehearse   run the lessons with their last bits moved: does another processor print the same? (ONLY=...)"
 	@echo "make text       write the notebooks anew after a change of prose, with the outputs they have"
+	@echo "make notebooks  the texts as working notebooks in _build/notebooks; changes go both ways"
 	@echo "make pictures   the pictures of the home page and of the README"
 	@echo "make records    take the stored records of long runs anew (ONLY=minimum-norm-figure-1 for one)"
-	@echo "make unit       only the tests of the package; make lint, make format: ruff"
+	@echo "make unit       only the tests of the package; make lint, make format: ruff, jupytext"
 	@echo "make check-lessons   nbval on the lessons in this environment (ONLY=... for one)"
 	@echo "make mutants    do the tests notice a changed sign?  (ONLY=rigor/balls for one module, ALL=1 for every mutant, SEED=)"
 	@echo "make bench      the benchmarks; make clean: forget what was built; make distclean: .venv too"
@@ -61,10 +66,16 @@ serve: book
 	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)
 
 lessons: $(STAMP)
-	$(BIN)/python book/_tools/notebooks.py run $(ONLY)
+	$(BIN)/python book/_tools/notebooks.py run $(if $(filter 0,$(REHEARSE)),--no-rehearsal) $(ONLY)
+
+rehearse: $(STAMP)
+	$(BIN)/python book/_tools/rehearsal.py $(ONLY)
 
 text: $(STAMP)
 	$(BIN)/python book/_tools/notebooks.py text $(ONLY)
+
+notebooks: $(STAMP)
+	$(BIN)/jupytext --sync lessons/*.md
 
 pictures: $(STAMP)
 	PYTHONPATH=. $(BIN)/python book/_tools/pictures.py
@@ -93,17 +104,25 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/jupytext -q --to ipynb --test-strict lessons/*.md || { echo "make format writes the texts in jupytext's form"; exit 1; }
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	@# through the form of a notebook, which orders the options; `make notebooks` goes by time stamps, so what does not
+	@# change keeps its own
+	@mkdir -p _build; for text in lessons/*.md; do cp -p "$$text" _build/before.md || exit 1; \
+	  $(BIN)/jupytext -q --to md:myst --pipe cat --pipe-fmt ipynb "$$text" || exit 1; \
+	  cmp -s _build/before.md "$$text" && cp -p _build/before.md "$$text"; done; rm -f _build/before.md
 
 bench: $(STAMP)
 	@for script in benchmarks/[a-z]*.py; do case "$$script" in *_gpu.py) continue;; esac; \
 	  echo "$$script"; $(BIN)/python "$$script" || exit 1; done
 
+# the working notebooks may hold what was never synced
 clean:
-	rm -rf _build build dist .pytest_cache .ruff_cache .hypothesis wide_enough.egg-info
+	test ! -d _build || find _build -mindepth 1 -maxdepth 1 ! -name notebooks -exec rm -rf {} +
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis wide_enough.egg-info
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
 
 distclean: clean

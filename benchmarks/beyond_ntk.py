@@ -29,9 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from companion import beyond_ntk as by
 from companion import data, networks, rigor
-from companion.beyond_ntk import vision
-from companion.beyond_ntk.expressivity import certify_expressivity, separation
 
 N, M = 2000, 2100
 PRIME = 8388593
@@ -169,10 +168,8 @@ def both_networks(wide: int) -> dict[str, nn.Module]:
     """The two networks, at their initial values."""
     g = torch.Generator().manual_seed(0)
     return {
-        "BN-ResNet 16-16-32": vision.conv_resnet(
-            (1, SIDE, SIDE), (16, 16, 32), wide, 10, activation=softplus, generator=g
-        ),
-        "perceptron 64-32": vision.mlp((SIDE * SIDE, 64, 32, wide, 10), activation=softplus, generator=g),
+        "BN-ResNet 16-16-32": by.conv_resnet((1, SIDE, SIDE), (16, 16, 32), wide, 10, activation=softplus, generator=g),
+        "perceptron 64-32": by.mlp((SIDE * SIDE, 64, 32, wide, 10), activation=softplus, generator=g),
     }
 
 
@@ -182,12 +179,12 @@ def expressive(n: int, wide: int, folder: str | None) -> dict[str, Any]:
     rows = []
     for name, model in both_networks(wide).items():
         made: list[Any] = []
-        total = harness.seconds(lambda model=model, made=made: made.append(certify_expressivity(model, X)))
+        total = harness.seconds(lambda model=model, made=made: made.append(by.certify_expressivity(model, X)))
         (certificate,) = made
         ball: list[Any] = []
         passes = harness.seconds(lambda m=model, b=ball: b.append(rigor.enclose(m, X, before=m.wide)))
         apart: list[Any] = []
-        sort = harness.seconds(lambda b=ball[0], a=apart: a.append(separation(*b)))
+        sort = harness.seconds(lambda b=ball[0], a=apart: a.append(by.separation(*b)))
         rows.append(
             {
                 "network": name,

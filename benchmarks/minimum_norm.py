@@ -35,8 +35,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from companion import data, kernels
-from companion.minimum_norm import first_layer
+from companion import data, kernels, minimum_norm
 
 N, D, NARROW = 500, 64, 4096  # NARROW: the width of the peers that cannot do more
 ETA = 0.01
@@ -83,7 +82,7 @@ def problem(m: int, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor, Tensor
 
 
 def gram_ours(X: Tensor, W: Tensor, signs: Tensor) -> Tensor:
-    return first_layer.empirical_gram(X, W)[0]
+    return minimum_norm.empirical_gram(X, W)[0]
 
 
 def gram_floor(X: Tensor, W: Tensor, signs: Tensor) -> Callable[[], Any]:
@@ -142,7 +141,7 @@ class Step:
 
     def __init__(self, X: Tensor, W: Tensor, signs: Tensor, y: Tensor, gate_bytes: int) -> None:
         eta = torch.full((1,), ETA, device=X.device)
-        self.step, self.params = first_layer.WideStep(X, y, signs, eta, gate_bytes=gate_bytes), [W]
+        self.step, self.params = minimum_norm.WideStep(X, y, signs, eta, gate_bytes=gate_bytes), [W]
 
     def __call__(self) -> Tensor:
         self.step(self.params, 0, True)
@@ -230,7 +229,7 @@ def w4(m: int, rounds: int, device: str, nt: str | None) -> tuple[list, list, di
     X, W, signs, _ = problem(m, device)
     narrow = W[:, :, :NARROW].contiguous(), signs[:, :NARROW].contiguous()
     checks = [agree("float32 masks", gram_float(X, W, signs), gram_ours(X, W, signs), 1e-6)]
-    exact = first_layer.empirical_gram(X.double(), narrow[0].double())[0]
+    exact = minimum_norm.empirical_gram(X.double(), narrow[0].double())[0]
     checks.append(agree("torch.func Jacobian, float64, m = 4,096",
                         gram_jacobian(X.double(), *(t.double() for t in narrow)), exact, 1e-12))  # fmt: skip
     floor = gram_floor(X, W, signs)
@@ -269,7 +268,7 @@ def neural_tangents(python: str, X: Tensor, W: Tensor, signs: Tensor, rounds: in
         command = [python, "-c", NT, str(given), str(result), str(rounds)]
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
         out, arrays = json.loads(done.stdout.strip().splitlines()[-1]), np.load(result)
-        checks = [agree("neural-tangents empirical, float32", arrays["G"], first_layer.empirical_gram(X, W)[0], 1e-3)]
+        checks = [agree("neural-tangents empirical, float32", arrays["G"], minimum_norm.empirical_gram(X, W)[0], 1e-3)]
         largest = float(np.abs(arrays["H"] - kernels.relu_ntk(X64).numpy()).max())
     if largest > 1e-6:
         raise SystemExit(f"neural-tangents analytic kernel: largest difference {largest:.1e} exceeds 1e-6")

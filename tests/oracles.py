@@ -83,3 +83,35 @@ def flushing():
         yield
     finally:
         torch.set_flush_denormal(False)
+
+
+def theorem_c(w, phi, alpha_0, R_0, C, epsilon):
+    """Theorem C as it is stated, for Python numbers or fractions; layers are counted from 1, index 0 is unused."""
+    L = len(w)
+    w, C, d = [0, *w], [0, *C], [0] * L
+    bar = [a + b for a, b in zip(w, C, strict=True)]
+    for l in range(1, L):
+        d[l] = d[l - 1] * bar[l] + phi[l - 1] * C[l]
+    g = [0] + [(phi[l - 1] + d[l - 1]) * math.prod(bar[l + 1 :]) for l in range(1, L + 1)]
+    alpha = alpha_0 - d[L - 1]
+    B = sum(g[l] ** 2 for l in range(1, L))
+    rho = (1 - epsilon) * alpha**2 - B
+    T = [g[l] * R_0 / rho for l in range(1, L)] + [alpha * R_0 / rho]
+    phi_bar = phi[L - 1] + d[L - 1]
+    return {"d": d[L - 1], "phi": phi_bar, "alpha": alpha, "B": B, "rho": rho, "T": T, "eta": 2 * epsilon / phi_bar**2}
+
+
+def theorem_p(w, X_F, alpha_0, R_0, C):
+    """Theorem P as it is stated: the three left sides over their right sides, and the largest step."""
+    L = len(w)
+    bar = [a + b for a, b in zip(w, C, strict=True)]
+    P = [math.prod(bar[:l] + bar[l + 1 :]) for l in range(L)]
+    S = sum(P[l] ** 2 for l in range(L - 1)) / bar[-1] ** 2
+    ratios = [
+        alpha_0**2 / (16 * X_F * R_0 * max(P[l] / C[l] for l in range(L))),
+        alpha_0**3 / (32 * X_F**2 * bar[-1] * S * R_0),
+        alpha_0**2 / (16 * X_F**2 * bar[-1] ** 2 * S),
+    ]
+    phi_bar = X_F * math.prod(bar[:-1])
+    hidden, every = sum(b**-2 for b in bar[:-1]), sum(b**-2 for b in bar)
+    return ratios, min(8 / alpha_0**2, hidden / (phi_bar**2 * bar[-1] ** 2 * every**2))

@@ -1,6 +1,6 @@
 """From the lessons' texts to their notebooks.
 
-    python book/_tools/notebooks.py run [NAME]     run a lesson (or all) and write its notebook
+    python book/_tools/notebooks.py run [NAME]     run a lesson (or all), rehearse it, and write its notebook
     python book/_tools/notebooks.py text [NAME]    write the notebook anew with the outputs that it has
     python book/_tools/notebooks.py check [NAME]   say whether text and notebook belong together
 
@@ -10,28 +10,25 @@ compares those) but not that there are none, an error among them, or anything on
 """
 
 import argparse
+import contextlib
 import difflib
+import hashlib
 import io
 import json
 import os
 import re
 import shutil
 import sys
-import tempfile
-import warnings
 from pathlib import Path
 
 import nbformat
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "_ext"))
 
-from course import address, lessons, stored_outputs
+from course import address, lessons
+from execution import Broken, run_cells
 
 BUILD = address.ROOT / "_build"
-
-
-class Broken(Exception):
-    """A lesson's text and notebook do not belong together, or its run failed."""
 
 
 # --- running
@@ -39,32 +36,16 @@ class Broken(Exception):
 
 def execute(name: str) -> list:
     """Run a lesson's code cells, after the install cell, in an empty folder; return them with their outputs."""
-    from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError
-
-    sources = [lessons.install_cell(), *(cell.source for cell in lessons.code(lessons.read_text(name)))]
-    cells = [nbformat.v4.new_code_cell(source) for source in sources]
-    notebook = nbformat.v4.new_notebook(cells=cells, metadata=lessons.METADATA)
-    with tempfile.TemporaryDirectory() as folder:
-        # neither the reader's own start-up files nor a chosen backend may change what a lesson prints
-        environment = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}
-        environment |= {"IPYTHONDIR": folder, "PYTHONPATH": str(address.ROOT)}
-        client = NotebookClient(
-            notebook,
-            timeout=600,
-            kernel_name="python3",
-            record_timing=False,
-            resources={"metadata": {"path": folder}},
-            extra_arguments=["--log-level=40"],
-        )
-        try:
-            client.execute(env=environment)
-        except CellExecutionError as error:
-            raise Broken(f"lessons/{name}.md: a cell failed\n{error}") from error
+    cells = run_cells(sources(name), f"lessons/{name}.md")
     for cell in cells:
         _refuse_noise(name, cell)
         cell.metadata = nbformat.NotebookNode()
     return cells
+
+
+def sources(name: str) -> list[str]:
+    """What a lesson's notebook runs: the install cell and the text's code cells."""
+    return [lessons.install_cell(), *(cell.source for cell in lessons.code(lessons.read_text(name)))]
 
 
 def _refuse_noise(name: str, cell) -> None:
@@ -87,32 +68,24 @@ def markdown(names: list[str], outputs: dict[str, list]) -> dict[str, list]:
 
     folder = BUILD / "cells"
     shutil.rmtree(folder, ignore_errors=True)
-    cache = folder / "cache"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        stored_outputs.fill(cache, outputs)
-        overrides = {
-            "external_toc_path": str(address.ROOT / "book" / "_toc.yml"),
-            "latex_individualpages": False,
-            "nb_execution_cache_path": str(cache),
-            "course_outputs_given": True,
-        }
-        log, sys.stdout = sys.stdout, io.StringIO()
-        try:
-            status = build_sphinx(
-                str(address.ROOT),
-                str(folder / "out"),
-                path_config=str(address.ROOT / "_config.yml"),
-                confoverrides=overrides,
-                doctreedir=str(folder / "doctrees"),
-                builder="cells",
-                warningiserror=True,
-                keep_going=True,
-                noconfig=True,
-                freshenv=True,
-            )
-        finally:
-            log, sys.stdout = sys.stdout, log
+    overrides = {
+        "external_toc_path": str(address.ROOT / "book" / "_toc.yml"),
+        "latex_individualpages": False,
+        "course_executed": outputs,
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        status = build_sphinx(
+            str(address.ROOT),
+            str(folder / "out"),
+            path_config=str(address.ROOT / "_config.yml"),
+            confoverrides=overrides,
+            doctreedir=str(folder / "doctrees"),
+            builder="cells",
+            warningiserror=True,
+            keep_going=True,
+            noconfig=True,
+            freshenv=True,
+        )
     if status:
         raise Broken(f"the lessons' text could not be converted: {status}")
     read = {name: folder / "out" / "lessons" / f"{name}.json" for name in names}
@@ -174,7 +147,8 @@ def _name_cells(name: str, cells: list) -> None:
     seen: dict[str, int] = {}
     for cell in cells:
         seen[cell.source] = seen.get(cell.source, 0) + 1
-        cell["id"] = lessons.fingerprint(name, cell.source, str(seen[cell.source]))
+        parts = name, cell.source, str(seen[cell.source])
+        cell["id"] = hashlib.sha256("\x00".join(parts).encode()).hexdigest()[:12]
 
 
 def write(name: str, notebook: nbformat.NotebookNode) -> None:
@@ -202,8 +176,7 @@ def kept(name: str) -> list | None:
     if not path.exists() or (notebook.exists() and notebook.stat().st_mtime > path.stat().st_mtime):
         return None
     cells = lessons.code(nbformat.read(path, as_version=4))
-    sources = [lessons.install_cell(), *(cell.source for cell in lessons.code(lessons.read_text(name)))]
-    return cells if [cell.source for cell in cells] == sources else None
+    return cells if [cell.source for cell in cells] == sources(name) else None
 
 
 def stored(name: str) -> list:
@@ -232,13 +205,26 @@ def build(names: list[str], fresh: dict[str, list]) -> dict[str, nbformat.Notebo
     return {name: assemble(name, written[name], executed[name]) for name in names}
 
 
-def run(names: list[str]) -> None:
-    fresh = {}
+def run(names: list[str], rehearse: bool = True) -> None:
+    """Run lessons and write their notebooks, but for those of which the rehearsal finds that rounding moves a digit."""
+    import rehearsal
+
+    fresh, refused = {}, []
     for name in names:
         print(f"running {name}", flush=True)
-        fresh[name] = execute(name)
-        keep(name, fresh[name])
-    text(names, fresh)
+        cells = execute(name)
+        try:
+            if rehearse:
+                rehearsal.rehearse({name: cells})
+        except Broken as broken:
+            refused.append(f"{broken}\nlessons/{name}.ipynb was left as it is.")
+            continue
+        fresh[name] = cells
+        keep(name, cells)
+    if fresh:
+        text(list(fresh), fresh)
+    if refused:
+        raise Broken("\n\n".join(refused))
 
 
 def text(names: list[str], fresh: dict[str, list] | None = None) -> None:
@@ -286,6 +272,7 @@ def check(names: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("run", "text", "check"))
+    parser.add_argument("--no-rehearsal", action="store_true", help="store a run although rounding was not rehearsed")
     parser.add_argument("name", nargs="?", default="", help="one lesson, e.g. 01-width-bounds")
     arguments = parser.parse_args()
     names = lessons.names(arguments.name)
@@ -293,7 +280,10 @@ def main() -> None:
         print("there are no lessons")
         return
     try:
-        {"run": run, "text": text, "check": check}[arguments.command](names)
+        if arguments.command == "run":
+            run(names, rehearse=not arguments.no_rehearsal)
+        else:
+            {"text": text, "check": check}[arguments.command](names)
     except Broken as broken:
         sys.exit(str(broken))
 

@@ -15,7 +15,6 @@ import torch
 
 from companion import minimum_norm
 from companion.lab import records
-from companion.minimum_norm import first_layer
 
 STORED = Path(__file__).resolve().parents[2] / "companion" / "lab" / "stored"
 
@@ -43,7 +42,7 @@ def minimum_norm_figure_1(device: str) -> tuple[dict[str, Any], dict[str, Any]]:
             found = {"bias": bias, "step": step, "m": m, "steps": run.steps.tolist()}
             found |= {name: digits(run.observed[name]) for name in ("V_perp", "V_parallel")}
             runs.append(found | {"residual": digits(run.residual)})
-        first = y - first_layer.forward(X, W, signs)
+        first = y - minimum_norm.forward(X, W, signs)
         found = [minimum_norm.perp_constant(X, e, step, steps=steps, draws=settings["draws"]) for e in first]
         predicted.append(
             {"bias": bias, "step": step, "C2": [c.value for c in found], "error": [c.error for c in found]}

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from companion.rigor.arbs import Jet, ball_functions, ends, flint
+from companion.rigor.arbs import Jet
 
 EXACT_ACTIVATIONS = ("exp", "sigmoid", "tanh", "sin")
 Base = Fraction | int | tuple[Fraction | int, Fraction | int]
@@ -210,83 +210,3 @@ def best_exact_neuron(
     if best is None:
         raise ValueError(f"every feature of {act} with multiples up to {reach} vanishes on X; raise reach")
     return best, lowest
-
-
-# --- intervals --------------------------------------------------------------------------------------------------------
-
-
-def ball_derivatives(W: Sequence[Sequence[Any]], v: Sequence[Any], X: Tensor, y: Tensor, act: str) -> Jets2:
-    """Loss, gradient, Hessian on balls: every true value for weights in the balls lies in the result.
-
-    Args:
-        W: m rows ``w_j`` of D balls (or floats, taken as exact).
-        v: m balls.
-        X: inputs (N, D), taken as the exact floats they are.
-        y: targets (N,).
-        act: one of `BALL_ACTIVATIONS`.
-
-    Returns:
-        The `Jets2`, entries of type ``flint.arb``.
-    """
-    arb, jet = flint().arb, ball_functions()[act]
-    X, y = [[arb(t) for t in row] for row in X.tolist()], [arb(t) for t in y.tolist()]
-    jets = [[jet(sum((w[d] * row[d] for d in range(len(row))), arb(0))) for w in W] for row in X]
-    return derivatives(jets, v, X, y)
-
-
-class Krawczyk(NamedTuple):
-    """What `krawczyk` found: ``radius`` of the box (None if not shown), smallest pivot, enclosure of the loss."""
-
-    radius: float | None
-    smallest_pivot: float
-    loss_low: float
-    loss_high: float
-
-
-def krawczyk(W: Tensor, v: Tensor, X: Tensor, y: Tensor, act: str) -> Krawczyk:
-    """Show that the box ``theta +- r`` holds exactly one critical point, and that it is a strict minimum.
-
-    ``K = theta - Y grad L(theta) + (I - Y Hess L(box)) (box - theta)`` inside the box gives existence and uniqueness
-    (Krawczyk); positive pivots of ``L D L^T`` of the Hessian on the whole box give strictness.
-
-    Args:
-        W: (D, m).
-        v: (m,).
-        X: (N, D).
-        y: (N,).
-        act: one of `BALL_ACTIVATIONS`.
-
-    Returns:
-        The `Krawczyk` record; ``radius`` None means that it was not shown.
-    """
-    lib = flint()
-    arb, m, D = lib.arb, W.shape[1], W.shape[0]
-    theta = [*v.tolist(), *W.T.reshape(-1).tolist()]
-
-    def at(balls: list[Any]) -> Jets2:
-        return ball_derivatives([balls[m + j * D : m + (j + 1) * D] for j in range(m)], balls[:m], X, y, act)
-
-    here = at([arb(t) for t in theta])
-    H = torch.tensor([[float(t.mid()) for t in row] for row in here.hessian], dtype=torch.float64)
-    low, high = ends(here.loss)
-    if int(torch.linalg.matrix_rank(H)) < len(H):
-        return Krawczyk(None, 0.0, low, high)
-    R = [[arb(t) for t in row] for row in torch.linalg.inv(H).tolist()]  # any matrix will do: nothing trusts it
-    p = range(len(theta))
-    newton = [sum((R[i][k] * here.gradient[k] for k in p), arb(0)) for i in p]
-    least = max(float(abs(t).upper()) for t in newton)
-    smallest = 0.0
-    for factor in (2.0, 10.0, 100.0, 1e4):
-        r = max(factor * least, 1e-15)
-        box = at([arb(t, r) for t in theta])
-        pivots = ldl_pivots(box.hessian)
-        smallest = min(float(t.lower()) for t in pivots)
-        inside = True
-        for i in p:
-            spread = sum(
-                (abs((1 if i == k else 0) - sum((R[i][l] * box.hessian[l][k] for l in p), arb(0))) for k in p), arb(0)
-            )
-            inside &= bool(abs(newton[i]) + spread * r < r)
-        if inside and smallest > 0 and len(pivots) == len(theta):
-            return Krawczyk(r, smallest, *ends(box.loss))
-    return Krawczyk(None, smallest, low, high)

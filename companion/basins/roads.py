@@ -20,8 +20,7 @@ from torch import Tensor
 from companion import networks, rigor
 from companion.basins.shallow import LOSSES, check_shallow, pointwise
 from companion.certificate import Certificate, assumed, compare
-from companion.networks import Activation, activation
-from companion.rigor import arbs
+from companion.networks import Activation
 
 _SAME = 1e-13  # a feature closer to a span than this fraction of the largest reachable feature lies in it
 _NEW = 1e-9  # a candidate is new if this fraction of its norm is outside the span
@@ -279,48 +278,3 @@ def _candidates(X: Tensor, sigma: Activation, generator: torch.Generator) -> Ten
                 pool.append(w)
     # the constant feature, where there is one, and the silent ones of an even activation
     return torch.cat([*pool, torch.eye(D, dtype=X.dtype, device=X.device)], 1)
-
-
-def full_rank_certificate(weights: Sequence[Tensor], X: Float[Tensor, "N d"], act: str) -> Certificate:
-    """Criterion (R): for an analytic activation, features of rank N at one point have rank N at almost every point.
-
-    The last features H of a network of any depth are enclosed in balls, and ``sigma_min(mid H) - ||rad H||_F > 0`` is
-    shown with every rounding error bounded.  Then some N x N minor is an analytic function that is not identically
-    zero, so every start has, after an arbitrarily small step, a road down to any level above the infimum.
-
-    Args:
-        weights: L matrices of one network of any depth.
-        X: inputs, shape (N, d).
-        act: an analytic activation: sin, cos, exp, tanh, sigmoid, softplus or gauss.
-
-    Returns:
-        The certificate; it does not hold when the width is below N or when rank N was not shown.
-
-    Raises:
-        TypeError: X is not float64.
-        ValueError: an activation that is not analytic, or weights that do not fit.
-        ModuleNotFoundError: python-flint is not installed.
-    """
-
-    if X.dtype != torch.float64:
-        raise TypeError(f"X is {X.dtype}; a float64 tensor is needed")
-    if act not in arbs.BALL_ACTIVATIONS:
-        known = ", ".join(arbs.BALL_ACTIVATIONS)
-        raise ValueError(f"act is {act!r}; an analytic activation, one of {known}, is needed")
-    networks.check_weights(weights, X)
-    if weights[0].ndim == 3 and len(weights[0]) != 1:
-        raise ValueError(f"weights holds {len(weights[0])} networks; one is needed")
-    middle, radius = arbs.enclosed_features([W.reshape(W.shape[-2:]) for W in weights], X, act)
-    N, m = middle.shape
-    floor = 0.0
-    if m >= N:
-        floor = max(0.0, rigor.round_down(rigor.sigma_min_lower(middle) - rigor.frobenius_norm_upper(radius)))
-    rows = (
-        assumed("l is convex and continuous"),
-        compare("width of the last hidden layer", m, ">=", N, "exact"),
-        compare("sigma_N(H) at this point, at least", floor, ">", 0.0, "certified"),
-    )
-    holds = all(r.holds for r in rows)
-    reason = "" if holds else ("width: m < N" if m < N else "rank: full rank was not shown at this point")
-    found = {"sigma_N(H) >=": floor, "activation": activation(act).name}
-    return Certificate("Criterion (R): roads from almost everywhere", holds, rows, found, reason)

@@ -307,61 +307,6 @@ def train_lm_newton(
     return Trained(weights, loss, gradient, iterations, gradient < tolerance, halfway)
 
 
-def descend(
-    weights: Sequence[Tensor],
-    X: Float[Tensor, "N D"],
-    Y: Float[Tensor, "*y N 1"],
-    act: str | Activation,
-    step: float,
-    steps: int,
-    *,
-    chunk: int = 256,
-) -> list[Tensor]:
-    """Plain gradient descent ``theta <- theta - step grad L`` on ``0.5 ||f - y||^2``, for thousands of tiny networks.
-
-    All neurons of a chunk of networks share one product with X, and a chunk makes all its steps while it is in the
-    cache: about twice as fast as `companion.descent.train` here, without its records; each network may have its own y.
-
-    Args:
-        weights: ``[W, V]``, shapes (S, D, m), (S, m, 1); not changed.
-        X: inputs, shape (N, D).
-        Y: targets, shape (N, 1) or (S, N, 1).
-        act: name or `Activation`.
-        step: the step, positive.
-        steps: number of steps.
-        chunk: networks handled at once.
-
-    Returns:
-        The weights after the last step, ``[W, V]``.
-
-    Raises:
-        TypeError: not float64.
-        ValueError: see `check_shallow`; a step that is not positive, or a number below 1.
-    """
-    (W, V), sigma = check_shallow(weights, X, Y, act, order=1)
-    if not (0 < step < float("inf")) or steps < 0 or chunk < 1:
-        raise ValueError(f"step, steps, chunk are {step}, {steps}, {chunk}; a positive step and counts are needed")
-    S, D, m = W.shape
-    neurons, v = (T.mT.clone(memory_format=torch.contiguous_format) for T in (W, V))  # (S, m, D), (S, 1, m)
-    Y = Y[..., 0].expand(S, len(X))[:, None]
-    XT = X.T.contiguous()
-    for a in range(0, S, chunk):
-        w, u, y = neurons[a : a + chunk].view(-1, D), v[a : a + chunk], Y[a : a + chunk].contiguous()
-        Z, A = (w.new_empty(len(u), m, len(X)) for _ in range(2))
-        r = torch.empty_like(y)
-        for _ in range(steps):
-            torch.mm(w, XT, out=Z.view(-1, len(X)))
-            H = Z if sigma.value_ is not None and sigma.pull is not None else sigma.value(Z)
-            if H is Z:
-                sigma.value_(H)
-            torch.baddbmm(y, u, H, beta=-1, out=r).mul_(step)  # step (f - y)
-            torch.mul(u.mT, r, out=A)
-            A = sigma.pull(A, H) if sigma.pull is not None else A.mul_(sigma.derivative(Z))
-            u.baddbmm_(r, H.mT, alpha=-1)
-            w.addmm_(A.view(-1, len(X)), X, alpha=-1)
-    return [neurons.mT.contiguous(), v.mT.contiguous()]
-
-
 def _train_chunk(
     data: _Problem,
     W: Tensor,

@@ -10,29 +10,23 @@ shows it for the network with the stored parameters and exact real arithmetic, i
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, fx, nn
 
 from companion import rigor
-from companion.certificate import Assumption, Certificate, assumed, compare
-from companion.networks.layers import Sine, Softplus
+from companion.certificate import Assumption, Certificate, assumed, compare, silent
+from companion.data import equal_inputs, equal_pairs
+from companion.networks.reading import Head, Network, NoEnclosure, head
 from companion.rigor import modules
-from companion.rigor.modules import BATCH, Network, NoEnclosure
+from companion.rigor.modules import BATCH
 from companion.rigor.rounding import UNIT
 
-ANALYTIC: tuple[Any, ...] = (
-    Softplus, Sine, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU,
-    torch.tanh, torch.sigmoid, torch.erf, torch.sin, F.tanh, F.sigmoid, F.gelu, F.silu,
-    "tanh", "sigmoid", "erf", "sin",
-)  # fmt: skip
 LIBRARY = "exp, log1p and tanh of the library within 8 u"
 _NAMED = 1000  # pairs that are named at most
 _PAIRS = 2**18  # pairs compared at once
@@ -117,102 +111,9 @@ def _pairs(many: np.ndarray, total: int) -> Iterator[tuple[np.ndarray, np.ndarra
         yield i, i + 1 + k - (ends[i] - many[i])
 
 
-def equal_inputs(X: Float[Tensor, "N ..."]) -> Int[Tensor, " N"]:
-    """Number the distinct samples: ``group_i = group_j`` exactly if ``x_i = x_j`` (0 and -0 are equal).
-
-    Args:
-        X: samples ``(N, ...)``, finite.
-
-    Returns:
-        The group of each sample, 0 to (number of distinct samples - 1).
-    """
-    rows = X.detach().cpu().reshape(len(X), -1) + 0.0
-    return torch.unique(rows, dim=0, return_inverse=True)[1]
-
-
-def _equal_pairs(groups: Tensor) -> list[tuple[int, int]]:
-    """The first sample of each group with every later one."""
-    first: dict[int, int] = {}
-    found = []
-    for i, group in enumerate(groups.tolist()):
-        if group in first:
-            found.append((first[group], i))
-        else:
-            first[group] = i
-    return found
-
-
 def _some(pairs: list[tuple[int, int]], total: int | None = None, most: int = 5) -> str:
     total = len(pairs) if total is None else total
     return ", ".join(str(p) for p in pairs[:most]) + (f" and {total - most} more" if total > most else "")
-
-
-# --- The end of a network -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Head:
-    """The last layers of a network that was read.
-
-    Args:
-        network: the network.
-        last: the last layer, in the copy.
-        wide: the dense layer before the activation, in the copy, or None.
-        activation: what stands between them, by name.
-        analytic: whether it is listed as analytic and not a polynomial.
-        problem: why the theorems' architecture was not recognized, or "".
-    """
-
-    network: Network
-    last: nn.Linear
-    wide: nn.Linear | None
-    activation: str
-    analytic: bool
-    problem: str
-
-
-def head(model: nn.Module | Network, last: nn.Module | None = None) -> Head:
-    """Find ``h = sigma(A xi + a)``, ``q = V^T [h, 1]`` at the end of a network.
-
-    Args:
-        model: any module with one input.
-        last: its last layer; None for the last ``nn.Linear`` that it calls.
-
-    Returns:
-        What was found; `problem` says what is missing.
-
-    Raises:
-        TypeError: `last` is not an ``nn.Linear``, or `model` not a module.
-        ValueError: `last` is not a part of the model, or no ``nn.Linear`` is called.
-        NoEnclosure: the model cannot be read.
-    """
-    if last is not None and not isinstance(last, nn.Linear):
-        raise TypeError(f"last is a {type(last).__name__}; a torch.nn.Linear is needed")
-    network = modules.read(model)
-    dense = [node for node in network.nodes if type(network.layer(node)) is nn.Linear]
-    calls = dense[-1:] if last is None else network.calls(last)
-    if not calls:
-        raise ValueError("model calls no torch.nn.Linear as its last layer; one is needed")
-    node = calls[-1]
-    layer, problem = network.layer(node), ""
-    if type(layer) is not nn.Linear or network.nodes[-1].args != (node,):
-        problem = "architecture: the last layer must be a plain nn.Linear whose result is the model's output"
-    elif _shared(network, layer):
-        problem = "architecture: the last layer is used twice or shares its parameters"
-    middle = node.args[0] if node.args else None
-    if not isinstance(middle, fx.Node):
-        return Head(network, layer, None, "nothing", False, problem)
-    below = middle.args[0] if len(middle.all_input_nodes) == 1 and middle.args else None
-    wide = network.layer(below) if isinstance(below, fx.Node) else None
-    kind = middle.target if network.layer(middle) is None else type(network.layer(middle))
-    analytic = any(kind is a or kind == a for a in ANALYTIC)
-    return Head(network, layer, wide if type(wide) is nn.Linear else None, network.describe(middle), analytic, problem)
-
-
-def _shared(network: Network, layer: nn.Module) -> bool:
-    """Whether a layer is called twice or another module holds its parameters."""
-    owners = Counter(id(p) for _, p in network.module.named_parameters(remove_duplicate=False))
-    return len(network.calls(layer)) != 1 or any(owners[id(p)] > 1 for p in layer.parameters())
 
 
 def library_row(network: Network, nodes: set[fx.Node] | None = None) -> list[Assumption]:
@@ -222,11 +123,6 @@ def library_row(network: Network, nodes: set[fx.Node] | None = None) -> list[Ass
         layer = network.layer(node)
         used |= isinstance(layer, modules.ASSUMES_LIBRARY) or node.target in (torch.tanh, F.tanh, "tanh")
     return [assumed(LIBRARY)] if used else []
-
-
-def silent(theorem: str, rows: list[Assumption], reason: str) -> Certificate:
-    """The certificate of a theorem that is not shown, with its reason."""
-    return Certificate(theorem, False, tuple(rows), {}, reason)
 
 
 # --- E: expressivity ------------------------------------------------------------------------------------------------
@@ -318,7 +214,7 @@ def _expressive_rows(end: Head, X: Tensor) -> tuple[list[Assumption], str]:
     if end.wide is None:
         return rows, f"architecture: {end.activation} before the last layer, not an activation after a dense layer"
     rows.append(compare("the wide layer has a bias", end.wide.bias is not None, "is", True, "exact"))
-    if _shared(end.network, end.wide):
+    if end.network.shared(end.wide):
         return rows, "architecture: the wide layer is used twice or shares its parameters"
     if not rows[2].holds:
         why = "clipped, not analytic; use companion.networks.Softplus" if "Softplus" in end.activation else "not listed"
@@ -328,6 +224,6 @@ def _expressive_rows(end: Head, X: Tensor) -> tuple[list[Assumption], str]:
     if not rows[1].holds:
         return rows, f"width: m = {m}; at least {needed} is needed for N = {N}"
     if not rows[0].holds:
-        pairs = _some(_equal_pairs(groups))
+        pairs = _some(equal_pairs(groups))
         return rows, f"equal_inputs: samples {pairs} are equal, and so are their features at every width"
     return rows, ""

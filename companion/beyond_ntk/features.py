@@ -65,16 +65,3 @@ def cka(K: Float[Tensor, "N N"], G: Float[Tensor, "N N"]) -> float:
     if norms == 0:
         raise ValueError("K or G is constant; its alignment is not defined")
     return float((A * B).sum()) / norms
-
-
-def relative_change(K: Float[Tensor, "N N"], G: Float[Tensor, "N N"]) -> float:
-    """Compute ``|G - K|_F / |K|_F``, how far a kernel moved from K.
-
-    Args:
-        K: the kernel at the start.
-        G: the kernel later.
-
-    Returns:
-        0 if nothing moved.
-    """
-    return float(torch.linalg.matrix_norm(G - K) / torch.linalg.matrix_norm(K))

@@ -22,6 +22,7 @@ class Claims:
     """
 
     MIME = "application/vnd.wide-enough.claims+json"
+    COLUMNS = ("claim", "predicted", "measured", "slack", "status")
 
     def __init__(self, lesson: str) -> None:
         self.lesson = lesson
@@ -57,13 +58,12 @@ class Claims:
         )
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
-        columns = ("claim", "predicted", "measured", "slack", "status")
-        head = html_row(columns, "th")
-        body = "".join(html_row(tuple(r[c] for c in columns), "td") for r in self.rows)
+        head = html_row(self.COLUMNS, "th")
+        body = "".join(html_row(tuple(r[c] for c in self.COLUMNS), "td") for r in self.rows)
         table = f'<table class="claims"><thead>{head}</thead><tbody>{body}</tbody></table>'
         return {
             "text/html": table,
-            "text/plain": "\n".join(" | ".join(r[c] for c in columns) for r in self.rows),
+            "text/plain": "\n".join(" | ".join(r[c] for c in self.COLUMNS) for r in self.rows),
             self.MIME: {"lesson": self.lesson, "rows": self.rows},
         }
 

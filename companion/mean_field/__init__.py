@@ -5,7 +5,8 @@ trained by ``theta <- theta - h (L / w_m) grad E``. As L and M grow this follows
 (`limit_flow`, `fv_flow`). `coupling_bound` says how far a net of given size can be from it, `certify_zero_loss` proves
 at any moment of training that the loss goes to zero from there, `isotonic_floor` that it cannot, and `audit` says which
 hypotheses of the paper's theorems a block satisfies. Particles are ``theta (S, L, M, k)``: S networks, L layers, M
-particles."""
+particles.
+"""
 
 from companion.mean_field.blocks import (
     RBF,
@@ -20,40 +21,20 @@ from companion.mean_field.blocks import (
     Squares,
     TanhMLP,
 )
-from companion.mean_field.certificates import (
+from companion.mean_field.certificates import certify_zero_loss
+from companion.mean_field.coupling import coupling_bound
+from companion.mean_field.density_flow import fv_flow
+from companion.mean_field.flow import Depth, density_rule, limit_flow, normal_rule
+from companion.mean_field.hypotheses import (
     audit,
-    certify_zero_loss,
-    coupling_bound,
     crossing_ratio,
     depth_regularity,
     first_variation,
     first_variation_sup,
     isotonic_floor,
 )
-from companion.mean_field.density_flow import (
-    DensityFlow,
-    fv_flow,
-)
-from companion.mean_field.flow import (
-    Depth,
-    Flow,
-    density_rule,
-    limit_flow,
-    normal_rule,
-    polar_rule,
-)
-from companion.mean_field.jacobian import (
-    gram_kernel,
-    lipschitz_bound,
-)
-from companion.mean_field.resnets import (
-    adjoint,
-    forward,
-    init_particles,
-    monitors,
-    rescaled_gradient,
-    train,
-)
+from companion.mean_field.jacobian import gram_kernel
+from companion.mean_field.resnets import forward, init_particles, monitors, rescaled_gradient, train
 
 __all__ = [
     "RBF",
@@ -62,15 +43,12 @@ __all__ = [
     "Block",
     "Constants",
     "Custom",
-    "DensityFlow",
     "Depth",
-    "Flow",
     "GaussBump",
     "Linear",
     "ReluMLP",
     "Squares",
     "TanhMLP",
-    "adjoint",
     "audit",
     "certify_zero_loss",
     "coupling_bound",
@@ -85,10 +63,8 @@ __all__ = [
     "init_particles",
     "isotonic_floor",
     "limit_flow",
-    "lipschitz_bound",
     "monitors",
     "normal_rule",
-    "polar_rule",
     "rescaled_gradient",
     "train",
 ]

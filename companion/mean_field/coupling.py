@@ -20,11 +20,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from companion.mean_field.blocks import Constants
+from jaxtyping import Float
+from torch import Tensor
 
-__all__ = ["Coupling", "Sizes", "closed_form", "exp", "finite", "growth_bound", "sizes", "stepwise"]
+from companion import rigor
+from companion.arguments import checked
+from companion.certificate import Certificate, assumed, compare, silent
+from companion.mean_field.blocks import BallBump, Block, Constants, check_fit, check_positive
+from companion.mean_field.flow import limit_flow
+from companion.mean_field.hypotheses import warn_order
+from companion.runs import count
+
+_NAME = "Coupling theorem"
+_ROUNDS = 500  # of the search for the radius that one particle cannot leave
+_MOST_STEPS = 10**6
 
 
 class Coupling(NamedTuple):
@@ -51,8 +62,8 @@ class Sizes(NamedTuple):
 
 def _propagators(A: float, draw: str) -> tuple[float, float]:
     if draw == "iid":
-        return exp(A), exp(2 * A)
-    return (_expm1(A) / A if A > 0 else 1.0), exp(A)
+        return _exp(A), _exp(2 * A)
+    return (_expm1(A) / A if A > 0 else 1.0), _exp(A)
 
 
 def _noise(L: float | int, M: float | int, draw: str) -> float:
@@ -68,16 +79,11 @@ def _states(c: Constants, D: float, R: float, nu: float, over_L: float, draw: st
     return delta, chi * (c.H_zz * delta + c.H_ztheta * D + c.A_F * nu + bend)
 
 
-def finite(c: Constants) -> bool:
-    """Whether every bound is a finite number."""
-    return all(math.isfinite(x) for x in vars(c).values())
-
-
 def _run(
     c: Constants, rbar: Sequence[float], h: float, nu: float, over_L: float, R: float, draw: str, kappa: float
 ) -> list[Coupling]:
     """The recursion from every step to the next; ``len(rbar)`` states, `rbar` at steps 0, 1, ..."""
-    D, eA, made = 0.0, exp(c.A), []
+    D, eA, made = 0.0, _exp(c.A), []
     for j, r in enumerate(rbar):
         delta, q = _states(c, D, R, nu, over_L, draw)
         made.append(Coupling(D, delta, q, R))
@@ -135,7 +141,7 @@ def closed_form(
     Returns:
         The bounds at S, and the exponent K.
     """
-    A, B, eA, (phi, _) = c.A, c.B, exp(c.A), _propagators(c.A, "constant")
+    A, B, eA, (phi, _) = c.A, c.B, _exp(c.A), _propagators(c.A, "constant")
     r, eA2 = kappa * rbar_0, kappa**2 * B * eA
     growth = _expm1(r * eA * c.H_thetatheta * S) / c.H_thetatheta if c.H_thetatheta > 0 else r * eA * S
     R = growth * (c.H_ztheta * c.F + A * B)
@@ -150,8 +156,7 @@ def closed_form(
     return Coupling(D, delta, q, R), K
 
 
-def exp(x: float) -> float:
-    """``e^x``, infinity where it overflows."""
+def _exp(x: float) -> float:
     return math.exp(x) if x < 700 else math.inf
 
 
@@ -209,7 +214,7 @@ def _ceil(x: float) -> int:
 
 
 def growth_bound(U_0: float, rms_0: float, S: float, E_0: float, kappa: float = 1.0) -> float:
-    """How large ``|u|`` of `BallBump` can become: ``U_0 + S kappa sqrt(2 E_0) exp(e^{-1/2} (rms_0 + sqrt(S E_0)))``.
+    """How large ``|u|`` of `BallBump` can become: ``U_0 + S kappa sqrt(2 E_0) _exp(e^{-1/2} (rms_0 + sqrt(S E_0)))``.
 
     The energy bounds the mean square of u, hence ``int |d_z f|``, hence the adjoint states, hence the speed of every u.
 
@@ -223,4 +228,147 @@ def growth_bound(U_0: float, rms_0: float, S: float, E_0: float, kappa: float = 
     Returns:
         The bound, for the flow. Source: derived in lesson 2.
     """
-    return U_0 + S * kappa * math.sqrt(2 * E_0) * exp(math.exp(-0.5) * (rms_0 + math.sqrt(S * E_0)))
+    return U_0 + S * kappa * math.sqrt(2 * E_0) * _exp(math.exp(-0.5) * (rms_0 + math.sqrt(S * E_0)))
+
+
+# --- the certificate --------------------------------------------------------------------------------------------------
+
+
+def _law_constants(
+    block: Block, X: Tensor, kappa: float, theta: Tensor, weights: Tensor, S: float, E_0: float, support: float
+) -> tuple[Constants, str, str]:
+    """Bounds along both systems up to time S, may be infinite; where they hold; what they assume of the law."""
+    found = block.constants().largest()
+    if found.finite():
+        return found, "for all parameters", ""
+    if type(block) is BallBump:
+        u = theta[:, 0].abs() + support
+        U = growth_bound(float(u.max()), math.sqrt(float(u.square() @ weights)), S, E_0, kappa)
+        row = f"|u| <= {float(u.max()):.3g} in every draw of the law"
+        return block.constants(radius=U).largest(), f"for |u| <= {U:.3g}", row
+    row = f"every draw of the law is within {support:.3g} of a given particle"
+    start = float(rigor.norm(X).max())
+    radius, reach = 0.0, start
+    for _ in range(_ROUNDS):
+        found = block.constants(theta, support + radius, reach).spread(theta).largest()
+        moved = S * found.B * kappa * _exp(found.A) * math.sqrt(2 * E_0)
+        far = start + found.F
+        if not (moved < 1e60 and far < 1e60):  # powers of it are still floats
+            break
+        if moved <= radius and far <= reach:
+            return found, f"within {radius:.3g} of the law's support", row
+        radius, reach = max(radius, moved * (1 + 1e-6)), max(reach, far * (1 + 1e-6))
+    return Constants(*[math.inf] * 7), "nowhere: no radius found that no particle can leave", row
+
+
+@checked(double=True)
+def coupling_bound(
+    block: Block,
+    X: Float[Tensor, "n d"],
+    y: Float[Tensor, " n"],
+    v: Float[Tensor, " d"],
+    theta: Float[Tensor, "M k"],
+    weights: Float[Tensor, " M"],
+    *,
+    S: float,
+    step: float,
+    L: int,
+    M: int,
+    depth: Literal["constant", "iid"] = "constant",
+    support: float | None = None,
+    epsilon: float | None = None,
+    eta: float = 0.1,
+) -> Certificate:
+    """Bound ``E |E_LM - E_rho| <= rbar delta + delta^2 / 2`` after training time S, and the sizes for an error epsilon.
+
+    The law is given by weighted particles. Its flow (gradient descent of the same step, infinitely deep and wide) gives
+    ``rbar``; the recursion of the coupling theorem does the rest. The finite net draws from the law itself, whose draws
+    may lie farther out than every particle of a quadrature rule: the block's constants must bound all of its support.
+
+    Args:
+        block: the block.
+        X: inputs ``(n, d)``.
+        y: targets ``(n,)``.
+        v: the readout.
+        theta: particles of the law ``(m, k)``, from a quadrature rule.
+        weights: ``(m,)``, sum 1.
+        S: training time.
+        step: h of gradient descent.
+        L: depth of the net.
+        M: width of the net.
+        depth: ``"constant"`` (one draw for all depths) or ``"iid"`` (a draw for every layer).
+        support: how far a draw of the law can be from the nearest of `theta` (`BallBump`: how much larger its ``|u|``
+            can be than the largest of `theta`, 0 for None). Needed where the block has no constants for all parameters.
+        epsilon: error of the loss for which sizes are wanted; None for no sizes.
+        eta: the probability of failure for those sizes.
+
+    Returns:
+        A `Certificate`, which holds when the bound is below the initial loss. Reasons: ``support_unknown``,
+        ``radius_diverged``, ``vacuous``. ``quantities``: ``bound`` and
+        ``bound_closed`` (without training, for constant depth), ``D``, ``D_closed`` (root-mean-square distance of
+        coupled particles), ``delta``, ``exponent``, ``E_0``, ``E_S``, the constants A and B, and ``L_needed``,
+        ``M_needed`` with ``P(|E_LM - E_rho| <= epsilon) >= 1 - eta``.
+
+    Warns:
+        UserWarning: ``d = 1`` and y not monotone along x.
+
+    Raises:
+        TypeError, ValueError: bad data, weights not summing to 1, or a number out of range.
+
+    Source: the coupling theorem, derived in lesson 2.
+    """
+    weights = check_fit(block, theta, X, weights, y=y, v=v)
+    for name, value in (("S", S), ("step", step), ("epsilon", epsilon)):
+        if value is not None:
+            check_positive(name, value)
+    for name, size in (("L", L), ("M", M)):
+        count(name, size, 1)
+    if not 0 < eta < 1 or (support is not None and support < 0):
+        raise ValueError(f"eta and support are {eta} and {support}; 0 < eta < 1 and support >= 0 are needed")
+    if S / step > _MOST_STEPS:
+        raise ValueError(f"step is {step}; at most {_MOST_STEPS} steps up to S = {S} are possible")
+    warn_order(block, X, y, v, None)
+    if support is None and type(block) is not BallBump and not block.constants().largest().finite():
+        row = compare("constants of the block for all parameters", math.inf, "<", math.inf)
+        return silent(_NAME, [row], "support_unknown: say how far the law reaches (support), or take another block")
+    steps = max(1, round(S / step))
+    h, kappa = S / steps, float(rigor.norm(v))
+    flow = limit_flow(block, X, y, v, theta, weights, times=[h * j for j in range(steps + 1)], step=h, method="gd")
+    rbar, E_0, E_S = (2 * flow.loss).sqrt().tolist(), float(flow.loss[0]), float(flow.loss[-1])
+    c, where, law = _law_constants(block, X, kappa, theta, weights, S, E_0, support or 0.0)
+    rows = [
+        compare(f"constants of the block {where}", c.B, "<", math.inf),
+        assumed("particles drawn independently from the law, equal weights"),
+        assumed("the quadrature of the law, its depth and the step in s are exact"),
+    ]
+    if law:
+        rows += [assumed(law), assumed("steps small enough for the energy identity of the flow")]
+        if float(block.f(X[:, None], theta[None]).abs().max()) > 0:
+            rows.append(assumed("the finite net starts with a loss of at most E₀"))
+    values = {"E_0": E_0, "E_S": E_S}
+    if not c.finite():
+        reason = "radius_diverged: no bound on the parameters up to time S; a smaller S may have one"
+        return Certificate(_NAME, False, tuple(rows), values, reason)
+    options = {"draw": depth, "kappa": kappa}
+    end = stepwise(c, rbar, h, L, M, **options)
+    bound = end.loss(rbar[-1], kappa)
+    values |= {"bound": bound, "D": end.D, "delta": end.delta, "A": c.A, "B": c.B}
+    if depth == "constant":
+        closed, values["exponent"] = closed_form(c, max(rbar), S, L, M, kappa=kappa)
+        values |= {"bound_closed": closed.loss(rbar[-1], kappa), "D_closed": closed.D}
+    if epsilon is not None:
+        values |= _sizes(c, rbar, h, epsilon, eta, options)
+    rows.append(compare("bound on E |E_LM - E_ρ|, against E₀", bound, "<", E_0))
+    reason = "" if rows[-1].holds else f"vacuous: the bound {bound:.3g} is not below E_0 = {E_0:.3g}"
+    return Certificate(_NAME, not reason, tuple(rows), values, reason)
+
+
+def _sizes(
+    c: Constants, rbar: list[float], h: float, epsilon: float, eta: float, options: dict
+) -> dict[str, float | int]:
+    try:
+        found = sizes(c, rbar, h, epsilon, eta, **options)
+    except OverflowError:
+        return {}
+    # whole numbers where they can be counted
+    return {name: n if n < 2**53 else float(n) for name, n in (("L_needed", found.L), ("M_needed", found.M))}

@@ -1,15 +1,14 @@
 """The mean-field PDE on a grid: an independent finite-volume solver in one parameter dimension.
 
 At every depth t the density obeys ``d_s rho + d_theta (rho V) = 0`` with ``V = -d_theta (dE/drho)``; the depths know of
-each other only through the states and adjoint states of the net (see `companion.particles`, whose integration in depth
-is used here too; nothing moves with the particles). Cell averages move by fluxes through the faces, so that mass is
-kept to round-off: fifth-order WENO-Z values at the faces, upwind, and the strong-stability Runge-Kutta scheme of order
-three in s.
+each other only through the states and adjoint states of the net (see `Depth`, whose integration in depth is used here
+too; nothing moves with the particles). Cell averages move by fluxes through the faces, so that mass is kept to
+round-off: fifth-order WENO-Z values at the faces, upwind, and the strong-stability Runge-Kutta scheme of order three in
+s.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,10 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from companion.arguments import checked
 from companion.mean_field.blocks import Block
-from companion.mean_field.flow import Depth, check_data, check_times
-
-__all__ = ["DensityFlow", "fv_flow"]
+from companion.mean_field.flow import Depth, check_times
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class DensityFlow:
         t: depths ``(D,)``, Chebyshev points of [0, 1].
         centres: of the cells ``(N,)``.
         rho: cell averages ``(T, D, N)``; their sum times the width of a cell is 1.
-        loss: E ``(T,)``, without the regulariser.
+        loss: E ``(T,)``.
         Z: states ``(T, D, n, 1)``.
     """
 
@@ -97,14 +95,13 @@ class _Grid:
         r = self.Z[-1] @ self.v - self.y
         return self.Z, self.depth.adjoint(J, r[:, None] * self.v), r
 
-    def speed(self, rho: Tensor, s: float, decay: float) -> Tensor:
+    def speed(self, rho: Tensor) -> Tensor:
         """``V`` at the inner faces, ``(D, N - 1)``."""
         Z, P, _ = self.net(rho)
         faces = self.faces[1:-1, None, None]
         z, p = (A.reshape(1, -1, 1).expand(len(faces), -1, -1) for A in (Z, P))
         rows = self.block.rows(z, faces, p).reshape(len(faces), *Z.shape[:2])
-        V = -rows.mean(-1).T
-        return V - 2 * decay * math.exp(-s) * self.faces[1:-1] if decay else V
+        return -rows.mean(-1).T
 
     def rate(self, rho: Tensor, V: Tensor) -> Tensor:
         """``-(flux right - flux left) / width``, no flux through the two ends."""
@@ -117,6 +114,7 @@ class _Grid:
         return (flux[:, :-1] - flux[:, 1:]) / self.width
 
 
+@checked(double=True)
 def fv_flow(
     block: Block,
     X: Float[Tensor, "n 1"],
@@ -129,7 +127,6 @@ def fv_flow(
     times: Sequence[float] | Float[Tensor, " T"],
     depth: int = 13,
     cfl: float = 0.5,
-    decay: float = 0.0,
 ) -> DensityFlow:
     """Solve ``d_s rho = d_theta (rho d_theta (dE/drho))`` at every depth on a grid of cells.
 
@@ -144,7 +141,6 @@ def fv_flow(
         times: increasing training times at which to keep the flow.
         depth: number of Chebyshev points in depth.
         cfl: the largest part of a cell that is crossed in one step.
-        decay: c in the regulariser ``c e^{-s} int int |theta|^2`` (0: none).
 
     Returns:
         A `DensityFlow`.
@@ -155,7 +151,6 @@ def fv_flow(
 
     Source: the mean-field PDE, lesson 2; WENO-Z is Borges, Carmona, Costa and Don (2008).
     """
-    check_data(X, y, v)
     if block.k != 1 or X.shape[1] != 1:
         raise ValueError(f"block has k = {block.k} and X has {X.shape[1]} columns; the grid needs one of each")
     times = check_times(times)
@@ -165,11 +160,11 @@ def fv_flow(
     rho, s, kept = grid.averages(density), 0.0, []
     for target in times.tolist():
         while s < target - 1e-12:
-            V = grid.speed(rho, s, decay)
+            V = grid.speed(rho)
             h = min(target - s, cfl * grid.width / max(float(V.abs().max()), 1e-12))
             one = rho + h * grid.rate(rho, V)
-            two = 0.75 * rho + 0.25 * (one + h * grid.rate(one, grid.speed(one, s + h, decay)))
-            rho = (rho + 2 * (two + h * grid.rate(two, grid.speed(two, s + h / 2, decay)))) / 3
+            two = 0.75 * rho + 0.25 * (one + h * grid.rate(one, grid.speed(one)))
+            rho = (rho + 2 * (two + h * grid.rate(two, grid.speed(two)))) / 3
             s += h
         Z, _, r = grid.net(rho)
         if float(rho[:, [0, -1]].abs().max()) > 1e-3 * float(rho.max()):

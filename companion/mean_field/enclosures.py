@@ -2,7 +2,7 @@
 
 For each block that is written as a formula, `value` encloses ``f(z_i, theta_m)``, and `products` encloses
 ``p_i^T d_z f(z_i, theta_m)`` and ``p_i^T d_theta f(z_i, theta_m)``, for intervals z and p and exact particles. The net
-is then enclosed layer by layer as in `companion.resnets`.
+is then enclosed layer by layer, as `forward` and `adjoint` compute it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ from torch import Tensor
 
 from companion import rigor
 from companion.mean_field.blocks import RBF, BallBump, Bias, Block, GaussBump, Linear, TanhMLP
-from companion.rigor.intervals import Interval, cat, point
-
-__all__ = ["Enclosure", "enclose"]
+from companion.rigor import Interval, cat, point, stack
 
 _LARGEST = 2 * 10**7  # numbers in the Jacobian
 
@@ -116,7 +114,7 @@ def _bias_value(block: Bias, z: Interval, theta: Tensor) -> Interval:
 
 def _bias_products(block: Bias, z: Interval, theta: Tensor, p: Interval) -> tuple[Interval, Interval]:
     shape = (z.shape[0], *theta.shape)
-    return point(torch.zeros(shape, dtype=theta.dtype)), p.expand(*shape)
+    return point(theta.new_zeros(shape)), p.expand(*shape)
 
 
 _FORMULAS: dict[type, tuple[Value, Products]] = {
@@ -143,7 +141,7 @@ class Enclosure:
         J: ``sqrt(w_m / L) J_{i,lm}``, ``(n, L M k)``.
         layers: the Jacobians ``I + (1/L) sum_m w_m d_z f`` of the layers ``(L, n, d, d)``, where asked for.
         B: ``max_i ||d_theta f(z_l^i, theta_lm)||`` from above ``(L, M)``, where asked for.
-        kappa: ``|v|`` from below.
+        kappa: ``|v|``, where asked for.
     """
 
     z: Interval
@@ -152,10 +150,10 @@ class Enclosure:
     J: Interval
     layers: Interval | None = None
     B: Tensor | None = None
-    kappa: float = 1.0
+    kappa: Interval | None = None
 
     def local_bounds(self) -> tuple[float, float, Tensor]:
-        """Bound what `zero_loss.local_ball` needs: unit adjoints over kappa, products of layers, ``d_theta f``.
+        """Bound what `local_region` needs: unit adjoints over kappa, products of layers, ``d_theta f``.
 
         Returns:
             ``max |P| / kappa``, the largest norm of a product of successive `layers`, and ``max_i ||d_theta f||``
@@ -167,14 +165,14 @@ class Enclosure:
             grown = (layer.unsqueeze(-1) * products.unsqueeze(-3)).sum(-2)  # matrix products
             products = cat([grown, layer], 0)
             largest = max(largest, _norm_upper(products))
-        adjoint = float(self.P.square().sum(-1).sqrt().hi.max()) / self.kappa
-        return rigor.round_up(adjoint, 4), largest, self.B
+        adjoint = (rigor.norm(self.P) / self.kappa).hi
+        return float(adjoint.max()), largest, self.B
 
     def bounds(self, y: Float[Tensor, " n"], counts: Int[Tensor, " n"]) -> tuple[float, float, float, float]:
         """Bound the residual norm, ``lambda_min`` and ``lambda_max`` of ``J J^T``, and the largest norm of a state.
 
         Every enclosed J is within the Frobenius norm of its radius of the midpoint, whose extreme singular values are
-        bounded by `verified`.
+        bounded by `rigor`.
 
         Args:
             y: targets.
@@ -191,7 +189,7 @@ class Enclosure:
         low = rigor.sigma_min_lower(mid) if mid.shape[0] <= mid.shape[1] else 0.0
         low = max(0.0, rigor.round_down(low - error))
         high = rigor.round_up(rigor.spectral_norm_upper(mid) + error)
-        size = float(self.z.square().sum(-1).sqrt().hi.max())
+        size = float(rigor.norm(self.z).hi.max())
         return residual, rigor.round_down(low**2, 2) if low else 0.0, rigor.round_up(high**2, 2), size
 
 
@@ -231,8 +229,8 @@ def enclose(
     if n * L * M * k > _LARGEST:
         raise ValueError(f"n L M k is {n * L * M * k}; the certified level is for at most {_LARGEST}, use 'measured'")
     value, products = _FORMULAS[type(block)]
-    share = point(float(M)).reciprocal().expand(M) if weights is None else point(weights)
-    share = share * point(float(L)).reciprocal()  # w_m / L
+    share = (1 / point(M)).expand(M) if weights is None else point(weights)
+    share = share / L
     column = share.unsqueeze(1)
     states = [point(X)]
     for layer in theta:
@@ -244,19 +242,20 @@ def enclose(
         back, each = products(block, states[l].unsqueeze(1), theta[l], P[-1].unsqueeze(1))
         rows.append((each * column.sqrt()).flatten(1))
         P.append(P[-1] + (back * column).sum(1))
-    z, adjoints = (_stack(list(part)) for part in (states, reversed(P)))
+    z, adjoints = (stack(list(part)) for part in (states, reversed(P)))
     output = (z[-1] * point(v)).sum(-1)
     J = cat(rows[::-1], 1)
+    if not all(bool(torch.isfinite(end).all()) for part in (output, J) for end in (part.lo, part.hi)):
+        raise ValueError("theta, X or v is too large: the outputs or their derivatives are not finite floats")
     if not local:
         return Enclosure(z, adjoints, output, J)
-    kappa = float(point(v).square().sum(0).sqrt().lo)
-    return Enclosure(z, adjoints, output, J, *_derivatives(block, z, theta, column), kappa)
+    return Enclosure(z, adjoints, output, J, *_derivatives(block, z, theta, column), rigor.norm(point(v)))
 
 
 def _derivatives(block: Block, z: Interval, theta: Tensor, column: Interval) -> tuple[Interval, Tensor]:
     """The Jacobians of the layers ``(L, n, d, d)``, and the largest Frobenius norm of ``d_theta f`` ``(L, M)``."""
     products, n, d = _FORMULAS[type(block)][1], z.shape[1], z.shape[2]
-    eye = torch.eye(d, dtype=theta.dtype)
+    eye = torch.eye(d, dtype=theta.dtype, device=theta.device)
     layers, B = [], []
     for l, particles in enumerate(theta):
         rows, squares = [], None
@@ -265,19 +264,16 @@ def _derivatives(block: Block, z: Interval, theta: Tensor, column: Interval) -> 
             rows.append((back * column).sum(1) + point(eye[a]))
             square = each.square().sum(-1)
             squares = square if squares is None else squares + square
-        layers.append(_stack(rows))  # (d, n, d)
+        layers.append(stack(rows))  # (d, n, d)
         B.append(squares.sqrt().hi.amax(0))
-    stacked = _stack(layers)
+    stacked = stack(layers)
     return Interval(stacked.lo.transpose(1, 2), stacked.hi.transpose(1, 2)), torch.stack(B)
 
 
 def _norm_upper(A: Interval) -> float:
     """The largest spectral norm of enclosed matrices: ``min(||A||_F, sqrt(||A||_1 ||A||_inf))``, rounded up."""
-    size = A.magnitude()
-    frobenius = size.square().sum((-2, -1)).sqrt()
-    mixed = (size.sum(-2).amax(-1) * size.sum(-1).amax(-1)).sqrt()
-    return float(torch.minimum(frobenius, mixed).max()) * (1 + rigor.gamma(4 * A.shape[-1] ** 2 + 16))
-
-
-def _stack(parts: list[Interval]) -> Interval:
-    return Interval(torch.stack([p.lo for p in parts]), torch.stack([p.hi for p in parts]))
+    size = Interval(*[A.magnitude()] * 2)
+    frobenius = rigor.norm(rigor.norm(size))
+    columns, rows = (size.sum(dim).hi.amax(-1) for dim in (-2, -1))
+    mixed = (Interval(columns, columns) * Interval(rows, rows)).sqrt()
+    return float(torch.minimum(frobenius.hi, mixed.hi).max())

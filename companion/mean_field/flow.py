@@ -15,22 +15,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from companion.mean_field.blocks import Block
-
-__all__ = ["Depth", "Flow", "density_rule", "limit_flow", "normal_rule", "polar_rule", "unit_weights"]
+from companion.arguments import checked
+from companion.mean_field.blocks import Block, check_fit, check_positive
 
 _ROUNDS = 60  # of Newton's iteration for the states; two or three are usual
+_MOST_STEPS = 10**7
 
 
 # --- laws as weighted particles ---------------------------------------------------------------------------------------
 
 
+@checked
 def density_rule(
     density: Callable[[Tensor], Tensor], support: tuple[float, float], m: int
 ) -> tuple[Float[Tensor, "m 1"], Float[Tensor, " m"]]:
@@ -59,28 +61,7 @@ def density_rule(
     return nodes[:, None], weights / weights.sum()
 
 
-def polar_rule(radial: int, angular: int) -> tuple[Float[Tensor, "M 3"], Float[Tensor, " M"]]:
-    """The law ``u = 0``, ``omega ~ N(0, I_2)`` of `BallBump` in one dimension, by a polar rule in the unit disc.
-
-    With ``zeta = omega / sqrt(1 + |omega|^2) = sqrt(q) (cos a, sin a)`` the angle is uniform (trapezoidal rule) and q
-    has density ``exp(-q / (2 (1 - q))) / (2 (1 - q)^2)`` on (0, 1), which is flat to all orders at 1 (Gauss-Legendre).
-
-    Args:
-        radial: nodes in q.
-        angular: nodes in the angle.
-
-    Returns:
-        Particles ``(u, omega)`` ``(radial angular, 3)`` and weights summing to 1.
-    """
-    if radial < 1 or angular < 1:
-        raise ValueError(f"radial and angular are {radial} and {angular}; positive numbers are needed")
-    q, weights = density_rule(lambda q: torch.exp(-q / (2 * (1 - q))) / (2 * (1 - q) ** 2), (0.0, 1.0), radial)
-    radius = (q / (1 - q)).sqrt()[:, 0]
-    angle = 2 * math.pi * (torch.arange(angular, dtype=torch.float64) + 0.5) / angular
-    circle = torch.stack([torch.zeros_like(angle), angle.cos(), angle.sin()], dim=1)
-    return (radius[:, None, None] * circle).flatten(0, 1), weights.repeat_interleave(angular) / angular
-
-
+@checked
 def normal_rule(dims: int, order: int) -> tuple[Float[Tensor, "M k"], Float[Tensor, " M"]]:
     """The law ``u = 0``, ``omega ~ N(0, I)`` by the product Gauss-Hermite rule: ``order ** dims`` particles.
 
@@ -97,18 +78,6 @@ def normal_rule(dims: int, order: int) -> tuple[Float[Tensor, "M k"], Float[Tens
     omega = torch.cartesian_prod(*[x] * dims).reshape(-1, dims)
     weights = torch.cartesian_prod(*[w / w.sum()] * dims).reshape(-1, dims).prod(1)
     return torch.cat([torch.zeros(len(omega), 1, dtype=x.dtype), omega], dim=1), weights / weights.sum()
-
-
-def unit_weights(weights: Tensor, M: int, name: str = "weights") -> Tensor:
-    """Check that `weights` are M nonnegative float64 numbers with sum 1, and return them."""
-    if not isinstance(weights, Tensor) or weights.shape != (M,):
-        found = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
-        raise ValueError(f"{name} is {found}; one number for each of the {M} particles is needed")
-    if weights.dtype != torch.float64:
-        raise TypeError(f"{name} has dtype {weights.dtype}; float64 is needed")
-    if not bool((torch.isfinite(weights) & (weights >= 0)).all()) or not abs(float(weights.sum()) - 1) < 1e-9:
-        raise ValueError(f"{name} has sum {float(weights.sum()):.6g}; nonnegative numbers with sum 1 are needed")
-    return weights
 
 
 # --- depth ------------------------------------------------------------------------------------------------------------
@@ -210,7 +179,7 @@ class Flow:
     Args:
         times: training times s ``(T,)``.
         t: depths ``(D,)``, Chebyshev points of [0, 1].
-        loss: E ``(T,)``, without the regulariser.
+        loss: E ``(T,)``.
         Z: states ``(T, D, n, d)``.
         P: adjoint states ``(T, D, n, d)``.
         theta: particles ``(T, D, M, k)``.
@@ -224,11 +193,6 @@ class Flow:
     P: Tensor
     theta: Tensor
     weights: Tensor
-
-    def at(self, t: Float[Tensor, " D2"]) -> Float[Tensor, "T D2 n d"]:
-        """The states at other depths, by the polynomial through the D points."""
-        depth = Depth.chebyshev(len(self.t), self.t)
-        return depth.interpolate(self.Z.transpose(0, 1), t.to(self.t)).transpose(0, 1)
 
     def particles_at(self, t: Float[Tensor, " D2"]) -> Float[Tensor, "T D2 M k"]:
         """The particles at other depths."""
@@ -246,25 +210,10 @@ def derivative(block: Block, z: Tensor, theta: Tensor, weights: Tensor) -> Float
     return torch.stack(rows, dim=-2)
 
 
-def check_data(X: Tensor, y: Tensor, v: Tensor) -> None:
-    """Refuse what is not float64, finite, and of shapes (n, d), (n,), (d,), in one sentence."""
-    for name, A, axes in (("X", X, "(n, d)"), ("y", y, "(n,)"), ("v", v, "(d,)")):
-        if not isinstance(A, Tensor) or A.dtype != torch.float64:
-            found = A.dtype if isinstance(A, Tensor) else type(A).__name__
-            raise TypeError(f"{name} is {found}; a float64 tensor {axes} is needed")
-        if A.ndim != axes.count(",") + (name == "X") or A.numel() == 0:
-            raise ValueError(f"{name} has shape {tuple(A.shape)}; {axes} is needed")
-        if not bool(torch.isfinite(A).all()):
-            raise ValueError(f"{name} holds NaN or infinity; finite numbers are needed")
-    if len(y) != len(X) or len(v) != X.shape[1]:
-        raise ValueError(f"X, y, v have shapes {tuple(X.shape)}, {tuple(y.shape)}, {tuple(v.shape)}; they do not fit")
-
-
 def check_times(times: Sequence[float] | Tensor) -> Float[Tensor, " T"]:
-    """The training times as float64, or one sentence: they must be finite, from 0 on, and increasing."""
-    times = torch.as_tensor(times, dtype=torch.float64).reshape(-1)
-    good = len(times) and bool(torch.isfinite(times).all() & (times >= 0).all() & (times.diff() > 0).all())
-    if not good:
+    """The training times as float64 on the CPU, or one sentence: they must be from 0 on, and increasing."""
+    times = torch.as_tensor(times, dtype=torch.float64, device="cpu")
+    if not len(times) or not bool((times >= 0).all() & (times.diff() > 0).all()):
         raise ValueError(f"times is {times.tolist()}; increasing finite numbers from 0 on are needed")
     return times
 
@@ -272,11 +221,8 @@ def check_times(times: Sequence[float] | Tensor) -> Float[Tensor, " T"]:
 class _Limit:
     """The right-hand side of the limit flow in collocation; remembers the last states as the next guess."""
 
-    def __init__(
-        self, block: Block, X: Tensor, y: Tensor, v: Tensor, weights: Tensor, depth: Depth, decay: float
-    ) -> None:
-        self.block, self.X, self.y, self.v, self.weights = block, X, y, v, weights
-        self.depth, self.decay = depth, decay
+    def __init__(self, block: Block, X: Tensor, y: Tensor, v: Tensor, weights: Tensor, depth: Depth) -> None:
+        self.block, self.X, self.y, self.v, self.weights, self.depth = block, X, y, v, weights, depth
         self.Z: Tensor | None = None
 
     def solve(self, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -298,12 +244,12 @@ class _Limit:
             Z.append(Z[-1] + gap * self.block.mean_field(Z[-1][None], theta[j, None], self.weights)[0])
         return torch.stack(Z)
 
-    def velocity(self, theta: Tensor, s: float) -> Tensor:
+    def velocity(self, theta: Tensor) -> Tensor:
         Z, P, _ = self.solve(theta)
-        move = self.block.pull(Z, theta, self.weights, P)[1] / -len(self.y)
-        return move - 2 * self.decay * math.exp(-s) * theta if self.decay else move
+        return self.block.pull(Z, theta, self.weights, P)[1] / -len(self.y)
 
 
+@checked(double=True)
 def limit_flow(
     block: Block,
     X: Float[Tensor, "n d"],
@@ -314,14 +260,13 @@ def limit_flow(
     *,
     times: Sequence[float] | Float[Tensor, " T"],
     step: float,
-    method: str = "rk4",
+    method: Literal["rk4", "gd"] = "rk4",
     depth: int = 13,
-    decay: float = 0.0,
 ) -> Flow:
     """Integrate ``d theta/ds = -grad (dE/drho)`` for weighted particles: the infinitely deep net of law ``rho``.
 
     Args:
-        block: a block of `companion.blocks`.
+        block: the block.
         X: inputs ``(n, d)``.
         y: targets ``(n,)``.
         v: the readout ``(d,)``.
@@ -331,7 +276,6 @@ def limit_flow(
         step: the largest step in s; each interval between two times is divided evenly.
         method: ``"rk4"`` for the flow, ``"gd"`` for gradient descent of this step (Euler in s).
         depth: number of points in depth.
-        decay: c in the regulariser ``c e^{-s} int int |theta|^2`` (0: none).
 
     Returns:
         A `Flow`.
@@ -342,34 +286,22 @@ def limit_flow(
 
     Source: the limit equations, lesson 2.
     """
-    check_data(X, y, v)
-    times = torch.as_tensor(times, dtype=torch.float64).reshape(-1)
-    if (
-        not len(times)
-        or not bool(torch.isfinite(times).all())
-        or float(times[0]) < 0
-        or bool((times.diff() <= 0).any())
-    ):
-        raise ValueError(f"times is {times.tolist()}; increasing finite numbers from 0 on are needed")
-    if not (math.isfinite(step) and step > 0):
-        raise ValueError(f"step is {step}; a positive finite number is needed")
-    if method not in ("rk4", "gd"):
-        raise ValueError(f"method is {method!r}; 'rk4' or 'gd' is needed")
-    weights = unit_weights(weights, theta.shape[-2])
+    times = check_times(times)
+    check_positive("step", step)
+    if float(times[-1]) / step > _MOST_STEPS:
+        raise ValueError(f"step is {step}; at most {_MOST_STEPS} steps up to time {float(times[-1])} are possible")
+    check_fit(block, theta, X, weights, y=y, v=v)
     rule = Depth.chebyshev(depth, X)
     if theta.ndim == 2:
         theta = theta.expand(depth, -1, -1)
-    if theta.dtype != torch.float64 or len(theta) != depth or not bool(torch.isfinite(theta).all()):
-        raise ValueError(
-            f"theta is {theta.dtype} with {len(theta)} depths; finite float64 at one or {depth} depths is needed"
-        )
-    limit = _Limit(block, X, y, v, weights, rule, decay)
+    if theta.ndim != 3 or len(theta) != depth:
+        raise ValueError(f"theta has shape {tuple(theta.shape)}; (M, k) or ({depth}, M, k) is needed")
+    limit = _Limit(block, X, y, v, weights, rule)
     theta, s, kept = theta.clone(), 0.0, []
     for target in times.tolist():
         count = math.ceil((target - s) / step - 1e-9)
-        for j in range(count):
-            h = (target - s) / count
-            theta = _advance(limit, theta, s + j * h, h, method)
+        for _ in range(count):
+            theta = _advance(limit, theta, (target - s) / count, method)
         s = target
         Z, P, r = limit.solve(theta)
         kept.append((0.5 * r.square().mean(), Z, P, theta))
@@ -377,11 +309,11 @@ def limit_flow(
     return Flow(times.to(X), rule.t, loss, Z, P, particles, weights)
 
 
-def _advance(limit: _Limit, theta: Tensor, s: float, h: float, method: str) -> Tensor:
-    one = limit.velocity(theta, s)
+def _advance(limit: _Limit, theta: Tensor, h: float, method: str) -> Tensor:
+    one = limit.velocity(theta)
     if method == "gd":
         return theta + h * one
-    two = limit.velocity(theta + h / 2 * one, s + h / 2)
-    three = limit.velocity(theta + h / 2 * two, s + h / 2)
-    four = limit.velocity(theta + h * three, s + h)
+    two = limit.velocity(theta + h / 2 * one)
+    three = limit.velocity(theta + h / 2 * two)
+    four = limit.velocity(theta + h * three)
     return theta + h / 6 * (one + 2 * (two + three) + four)

@@ -7,6 +7,9 @@ descent stays in the ball and the loss goes to zero there (lesson 2). Two ways t
 
 - uniform: from the block's constants alone; the propagators between layers are at most ``e^A``.
 - local: from the propagators and the derivatives ``d_theta f`` of the net at hand, and how far they can move.
+
+Each formula is written once. On particles that are a tensor its value is measured; on an `Interval` of particles every
+rounding is counted, and the upper end of the result is certified.
 """
 
 from __future__ import annotations
@@ -18,18 +21,24 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from companion.mean_field.blocks import Block
-from companion.mean_field.coupling import exp
+from companion import rigor
+from companion.arguments import checked
+from companion.mean_field.blocks import Block, check_fit, like
 from companion.mean_field.enclosures import enclose
 from companion.mean_field.flow import derivative
 from companion.mean_field.resnets import adjoint
+from companion.rigor import Interval
+from companion.rigor.formulas import exp, expm1, lower, minimum, sqrt, upper
 
-SLACK = 1e-10  # certified level: covers the roundings of sums and formulas of up to 10^5 nonnegative numbers
+Numbers = Tensor | Interval
+
 _ROUNDS = 500  # of the search for the radius that one particle cannot leave
 _FAR = 1e60  # no radius beyond this is tried; powers of it are still floats
 _MORE = 1 + 1e-5  # how far beyond the last need each round goes
+_LEAST = 2.0**-960  # a smaller eigenvalue has lost digits to underflow
 
 
+@checked
 def gram_kernel(
     block: Block,
     theta: Float[Tensor, "S L M k"],
@@ -51,10 +60,13 @@ def gram_kernel(
 
     Returns:
         ``(S, n, n)``, symmetric.
+
+    Raises:
+        TypeError, ValueError: see `forward`.
     """
-    S, L, M, _ = theta.shape
+    share = check_fit(block, theta, X, weights, v=v)
+    S, L, _, _ = theta.shape
     z, P = adjoint(block, theta, X, v.expand(S, *X.shape).contiguous(), weights)
-    share = theta.new_full((M,), 1 / M) if weights is None else weights
     scale = (share / L).sqrt()[:, None]
     K = theta.new_zeros(S, len(X), len(X))
     for layer in range(L):
@@ -88,10 +100,6 @@ class Centre(NamedTuple):
     B: Tensor | None = None
 
 
-def _share(theta: Tensor, weights: Tensor | None) -> Tensor:
-    return theta.new_full((theta.shape[1],), 1 / theta.shape[1]) if weights is None else weights
-
-
 def centre(
     block: Block,
     theta: Float[Tensor, "L M k"],
@@ -119,19 +127,23 @@ def centre(
 
     Returns:
         `Centre`.
+
+    Raises:
+        ValueError: states or derivatives that overflow.
     """
     if certified:
         net = enclose(block, theta, X, v, weights, local=local)
         return Centre(*net.bounds(y, counts), *(net.local_bounds() if local else ()))
-    root, share = counts.to(X).sqrt(), _share(theta, weights)
+    root, share = counts.to(X).sqrt(), _share(theta, weights)[0]
     z, P = adjoint(block, theta[None], X, v.expand(1, *X.shape).contiguous(), weights)
     r = (z[-1, 0] @ v - y) * root
     K = gram_kernel(block, theta[None], X, v, weights)[0] * root * root[:, None]
+    if not bool(torch.isfinite(K).all() & torch.isfinite(r).all()):
+        raise ValueError("theta, X or v is too large: the outputs or their derivatives are not finite floats")
     values = torch.linalg.eigvalsh(K)
     lam, top = float(values[0]), float(values[-1])
-    lam = lam if lam > 1e-14 * len(X) * top else 0.0  # below that, only round-off
-    reach = float(torch.linalg.vector_norm(z, dim=-1).max())
-    basic = (float(torch.linalg.vector_norm(r)), lam, top, reach)
+    lam = lam if lam > max(1e-14 * len(X) * top, _LEAST) else 0.0  # below that, only round-off
+    basic = (float(rigor.norm(r)), lam, top, float(rigor.norm(z).max()))
     if not local:
         return Centre(*basic)
     layers = derivative(block, z[:-1, 0], theta, share) / len(theta)
@@ -140,147 +152,164 @@ def centre(
     for layer in layers:  # all products that end here
         products = torch.cat([layer @ products, layer[None]])
         largest = max(largest, float(torch.linalg.matrix_norm(products, 2).max()))
-    unit = float((torch.linalg.vector_norm(P, dim=-1) / torch.linalg.vector_norm(v)).max())
+    unit = float((rigor.norm(P) / rigor.norm(v)).max())
     axes = torch.eye(X.shape[1], dtype=X.dtype, device=X.device)[:, None].expand(-1, *X.shape)
     B = [
-        sum(block.rows(state, particles[None], p[None])[0].square().sum(-1) for p in axes).amax(0)  # over a: (n, M)
+        sum(block.rows(state, particles[None], p[None])[0].square().sum(-1) for p in axes).amax(0)  # of (n, M)
         for state, particles in zip(z, theta, strict=False)
     ]
     return Centre(*basic, unit, largest, torch.stack(B).sqrt())
 
 
-# --- balls ------------------------------------------------------------------------------------------------------------
+# --- regions ----------------------------------------------------------------------------------------------------------
 
 
 class Lipschitz(NamedTuple):
-    """``||J - J'|| <= Lambda ||Theta - Theta'||_*`` and ``||J|| <= beta`` in a ball.
+    """``||J - J'|| <= Lambda ||Theta - Theta'||_*`` and ``||J|| <= beta`` in a region.
 
     ``growth = e^A`` bounds the propagators, ``B`` is the root mean square and ``B_max`` the maximum of
-    ``||d_theta f||``.
+    ``||d_theta f||``. All are numbers of the kind that the particles are.
     """
 
-    Lambda: float
-    beta: float
-    growth: float
-    B: float
-    B_max: float
+    Lambda: Numbers
+    beta: Numbers
+    growth: Numbers
+    B: Numbers
+    B_max: Numbers
 
 
-class Ball(NamedTuple):
+class Region(NamedTuple):
     """`Lambda` and `beta` where every particle is within `radius` of its place, which no particle can leave."""
 
-    Lambda: float
-    beta: float
+    Lambda: Numbers
+    beta: Numbers
     radius: float
 
 
-_NOWHERE = Ball(math.inf, math.inf, math.inf)
+_NOWHERE = Region(*[torch.tensor(math.inf, dtype=torch.float64, device="cpu")] * 2, math.inf)
 
 
-def _mean(value: Tensor, share: Tensor, power: int = 1) -> float:
-    return float((value**power @ share).mean()) ** (1 / power)
+def _share(theta: Numbers, weights: Tensor | None) -> tuple[Numbers, Numbers]:
+    """The particles' weights, and their sum: 1 for the tensor that is meant, near 1 for the numbers that are stored."""
+    of, M = like(theta), theta.shape[1]
+    if weights is None:
+        share = (of(1) / of(M)).expand(M)
+        return (share.to(theta) if isinstance(theta, Tensor) else share), of(1)
+    return of(weights), of(weights).sum(0)
+
+
+def _mean(value: Numbers, share: Numbers) -> Numbers:
+    """The mean over the layers of the weighted mean over a layer's particles."""
+    return (value * share).sum(-1).sum(0) / value.shape[0]
+
+
+def _top(value: Numbers) -> Numbers:
+    return Interval(value.lo.max(), value.hi.max()) if isinstance(value, Interval) else value.max()
 
 
 def lipschitz_bound(
     block: Block,
-    theta: Float[Tensor, "L M k"],
+    theta: Float[Tensor, "L M k"] | Interval,
     n: int,
-    kappa: float = 1.0,
+    kappa: float | Numbers = 1.0,
     *,
     radius: float = 0.0,
     reach: float = math.inf,
     weights: Float[Tensor, " M"] | None = None,
-    slack: float = 0.0,
 ) -> Lipschitz:
     """``Lambda = sqrt(n) kappa e^A (H_zz phi B^2 + H_zt B (1 + phi) + H_tt)``, ``beta = sqrt(n) kappa B e^A``.
 
     The smaller of two: with means of A and ``H_zz``, root mean squares of B and ``H_zt``, the maximum of ``H_tt`` and
-    ``phi = e^A``; or with maxima throughout and ``phi^2 = (e^{2A} - 1) / 2A``.
+    ``phi = e^A``; or with maxima throughout and ``phi^2 = (e^{2A} - 1) / 2A``. A maximum bounds a mean by itself times
+    the sum of the weights, which need not be exactly 1.
 
     Args:
         block: the block.
-        theta: one network ``(L, M, k)``.
+        theta: one network ``(L, M, k)``; an `Interval` for certified numbers.
         n: number of samples.
         kappa: norm of the readout.
-        radius: the ball: every particle within `radius` of its place.
+        radius: the region: every particle within `radius` of its place.
         reach: a bound on the states, where the block's constants need one.
         weights: ``(M,)``, sum 1; None for ``1/M``.
-        slack: relative allowance for rounding.
 
     Returns:
         `Lipschitz`; infinite where the block's constants are.
 
     Source: derived in lesson 2.
     """
-    c, share, up = block.constants(theta, radius, reach), _share(theta, weights), 1 + slack
-    H_tt = float(c.H_thetatheta.max()) * up
+    of, (share, total) = like(theta), _share(theta, weights)
+    c = block.constants(theta, radius, reach).spread(theta)
+    H_tt, size = _top(c.H_thetatheta), sqrt(of(n)) * of(kappa)
 
-    def bounds(A: float, H_zz: float, B: float, H_zt: float, phi: float) -> tuple[float, float]:
-        size = math.sqrt(n) * kappa * exp(A) * up
-        return size * (H_zz * phi * B**2 + H_zt * B * (1 + phi) + H_tt) * up, size * B * up
+    def bounds(A: Numbers, H_zz: Numbers, B: Numbers, H_zt: Numbers, phi: Numbers) -> tuple[Numbers, Numbers]:
+        scale = size * exp(A)
+        return scale * (H_zz * phi * B**2 + H_zt * B * (1 + phi) + H_tt), scale * B
 
-    A, H_zz = (_mean(value, share) * up for value in (c.A, c.H_zz))
-    B, H_zt = (_mean(value, share, 2) * up for value in (c.B, c.H_ztheta))
-    growth = exp(A) * up
-    by_means = bounds(A, H_zz, B, H_zt, growth)
-    A_top, H_zz_top, B_top, H_zt_top = (float(value.max()) * up for value in (c.A, c.H_zz, c.B, c.H_ztheta))
-    phi = math.sqrt((exp(2 * A_top) - 1) / (2 * A_top)) * up**2 if A_top > 1e-3 else exp(A_top) * up
+    A, H_zz = _mean(c.A, share), _mean(c.H_zz, share)
+    B, H_zt = sqrt(_mean(c.B**2, share)), sqrt(_mean(c.H_ztheta**2, share))
+    by_means = bounds(A, H_zz, B, H_zt, exp(A))
+    A_top, H_zz_top = _top(c.A) * total, _top(c.H_zz) * total
+    B_top, H_zt_top = _top(c.B) * sqrt(total), _top(c.H_ztheta) * sqrt(total)
+    phi = sqrt(expm1(2 * A_top) / (2 * A_top)) if lower(A_top) > 1e-3 else exp(A_top)  # which is never less
     by_maxima = bounds(A_top, H_zz_top, B_top, H_zt_top, phi)
-    return Lipschitz(min(by_means[0], by_maxima[0]), min(by_means[1], by_maxima[1]), growth, B, B_top)
+    Lambda, beta = (minimum(*pair) for pair in zip(by_means, by_maxima, strict=True))
+    return Lipschitz(Lambda, beta, exp(A), B, _top(c.B))
 
 
-def uniform_ball(
+def uniform_region(
     block: Block,
-    theta: Float[Tensor, "L M k"],
+    theta: Float[Tensor, "L M k"] | Interval,
     at: Centre,
     n: int,
-    kappa: float,
+    kappa: float | Numbers,
     *,
     factor: int,
     weights: Float[Tensor, " M"] | None = None,
-    slack: float = 0.0,
-) -> Ball:
+) -> Region:
     """The smallest radius R with ``R >= factor sqrt(n) kappa B_max e^A |r| / lambda``, all within that radius.
 
-    The right-hand side bounds the path of one particle if the residual falls as the theorem says.
+    The right-hand side bounds the path of one particle if the residual falls as the theorem says. States move by at
+    most ``e^A B ||Delta||_*``, and ``||Delta||_* <= R`` but for weights whose sum is not exactly 1.
 
     Args:
         block: the block.
-        theta: one network ``(L, M, k)``.
+        theta: one network ``(L, M, k)``; an `Interval` for certified numbers.
         at: the net, from `centre`.
         n: number of samples, repeated ones included.
         kappa: norm of the readout.
         factor: 8 for gradient descent, 4 for the flow.
         weights: ``(M,)``, sum 1; None for ``1/M``.
-        slack: relative allowance for rounding.
 
     Returns:
-        `Ball`; infinite where there is no such radius.
+        `Region`; infinite where there is no such radius.
+
+    Source: derived in lesson 2.
     """
-    radius, reach, up = 0.0, at.reach, 1 + slack
+    of, total = like(theta), _share(theta, weights)[1]
+    lead = factor * sqrt(of(n)) * of(kappa) * of(at.r) / of(at.lam)
+    radius, reach = 0.0, at.reach
     for _ in range(_ROUNDS):
-        ball = lipschitz_bound(block, theta, n, kappa, radius=radius, reach=reach, weights=weights, slack=slack)
-        path = factor * math.sqrt(n) * kappa * ball.B_max * ball.growth * at.r / at.lam * up
-        far = (at.reach + ball.growth * ball.B * radius) * up
-        if not max(path, far) < _FAR:
+        bound = lipschitz_bound(block, theta, n, kappa, radius=radius, reach=reach, weights=weights)
+        path = upper(lead * bound.B_max * bound.growth)
+        far = upper(of(at.reach) + bound.growth * bound.B * of(radius) * sqrt(total))
+        if not (path < _FAR and far < _FAR):
             break
         if path <= radius and far <= reach:
-            return Ball(ball.Lambda, ball.beta, radius)
+            return Region(bound.Lambda, bound.beta, radius)
         radius, reach = max(radius, path * _MORE), max(reach, far * _MORE)
     return _NOWHERE
 
 
-def local_ball(
+def local_region(
     block: Block,
-    theta: Float[Tensor, "L M k"],
+    theta: Float[Tensor, "L M k"] | Interval,
     at: Centre,
     n: int,
-    kappa: float,
+    kappa: float | Numbers,
     *,
     factor: int,
     weights: Float[Tensor, " M"] | None = None,
-    slack: float = 0.0,
-) -> Ball:
+) -> Region:
     """The same with the net's own propagators ``G``, adjoints ``g`` and ``b_lm = max_i ||d_theta f||``.
 
     Within ``||Delta||_* <= rho`` (`rho` bounds the movement) and ``|Delta_lm| <= R``, with ``eta = G' B``::
@@ -293,30 +322,31 @@ def local_ball(
     of old ones with the moves in between. B and ``H_zt`` are root mean squares, ``H_zz`` a mean, ``H_tt`` a maximum.
 
     Args:
-        block, theta, at, n, kappa, factor, weights, slack: as in `uniform_ball`; `at` measured with ``local=True``.
+        block, theta, at, n, kappa, factor, weights: as in `uniform_region`; `at` measured with ``local=True``.
 
     Returns:
-        `Ball`; infinite where the numbers do not settle. Source: derived in lesson 2.
+        `Region`; infinite where the numbers do not settle.
+
+    Source: derived in lesson 2.
     """
-    share, up = _share(theta, weights), 1 + slack
-    G, g, b = at.propagator * up, at.adjoint * up, at.B * up
-    rho = factor / 2 * at.r / math.sqrt(at.lam) * up
-    size = math.sqrt(n) * kappa * up
-    had = (0.0, G, 0.0, at.reach)  # R, G', eta, reach
+    of, share = like(theta), _share(theta, weights)[0]
+    G, g, b, r = (of(x) for x in (at.propagator, at.adjoint, at.B, at.r))
+    rho = factor * r / (2 * sqrt(of(at.lam)))
+    size = sqrt(of(n)) * of(kappa)
+    had = (0.0, upper(G), 0.0, at.reach)  # R, G', eta, reach
     for _ in range(_ROUNDS):
-        radius, wide, eta, reach = had
-        c = block.constants(theta, radius, reach)
-        H_zz, H_zt = _mean(c.H_zz, share) * up, _mean(c.H_ztheta, share, 2) * up
-        H_tt = float(c.H_thetatheta.max()) * up
-        each = torch.minimum(b + (c.H_ztheta * eta * rho + c.H_thetatheta * radius), c.B) * up
-        B, bend = _mean(each, share, 2) * up, (H_zz * eta + H_zt) * up
-        grown = exp(G * bend * rho * up) * up
-        path = factor * size * float(each.max()) * g * grown * at.r / at.lam * up
-        need = (path, G * grown, wide * B * up, (at.reach + eta * rho) * up)
-        if not max(need) < _FAR:
+        radius, reach, (wide, eta) = had[0], had[3], (of(x) for x in had[1:3])
+        c = block.constants(theta, radius, reach).spread(theta)
+        H_zz, H_zt = _mean(c.H_zz, share), sqrt(_mean(c.H_ztheta**2, share))
+        each = minimum(b + c.H_ztheta * eta * rho + c.H_thetatheta * of(radius), c.B)
+        B, bend = sqrt(_mean(each**2, share)), H_zz * eta + H_zt
+        grown = exp(G * bend * rho)
+        path = factor * size * _top(each) * g * grown * r / of(at.lam)
+        need = tuple(upper(x) for x in (path, G * grown, wide * B, of(at.reach) + eta * rho))
+        if not all(x < _FAR for x in need):
             break
         if all(x <= y for x, y in zip(need, had, strict=True)):
-            Lambda = size * g * grown * (B * wide * bend + H_zt * eta + H_tt) * up
-            return Ball(Lambda, size * g * grown * B * up, radius)
+            Lambda = size * g * grown * (B * wide * bend + H_zt * eta + _top(c.H_thetatheta))
+            return Region(Lambda, size * g * grown * B, radius)
         had = tuple(max(y, x * _MORE) for x, y in zip(need, had, strict=True))
     return _NOWHERE

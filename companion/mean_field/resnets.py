@@ -10,15 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from companion import data, descent
+from companion.arguments import checked
 from companion.descent import Observables, Run, State
 from companion.mean_field import loops
-from companion.mean_field.blocks import Block
+from companion.mean_field.blocks import Block, check_fit, check_positive
+from companion.runs import count
 
 _KEEP_BYTES = {"cpu": 2**21}  # the panels of all layers together: kept while they stay in a core's cache
 _KEEP_BYTES_GPU = 2**32
@@ -26,97 +29,36 @@ _PANEL_BYTES = {"cpu": 2**20}  # one panel, where they are computed twice
 _PANEL_BYTES_GPU = 2**26
 
 
-def check_data(X: Float[Tensor, "n d"], y: Float[Tensor, " n"]) -> None:
-    """Refuse data that no network of this kind can fit: equal inputs with different targets.
-
-    Args:
-        X: inputs ``(n, d)``.
-        y: targets ``(n,)``.
-
-    Raises:
-        TypeError: not a tensor, or a dtype other than float32 and float64.
-        ValueError: a wrong shape, NaN or infinity, or equal inputs with different targets, named by their indices.
-    """
-    if not isinstance(y, Tensor):
-        raise TypeError(f"y is {type(y).__name__}; a torch tensor is needed")
-    if y.ndim != 1:
-        raise ValueError(f"y has shape {tuple(y.shape)}; (n,) is needed")
-    data.check(X, y[:, None], geometry=False)
-    first: dict[tuple[float, ...], int] = {}
-    for i, x in enumerate(X.tolist()):
-        j = first.setdefault(tuple(x), i)
-        if y[i] != y[j]:
-            raise ValueError(
-                f"X has equal rows {j} and {i} with targets {float(y[j])} and {float(y[i])}; no network can fit both"
-            )
+def clash(X: Float[Tensor, "n d"], y: Float[Tensor, " n"]) -> tuple[int, int] | None:
+    """The first two equal inputs with different targets, which no network can fit both; None if there are none."""
+    pairs = data.equal_pairs(data.equal_inputs(X))
+    return next(((i, j) for i, j in pairs if float(y[i]) != float(y[j])), None)
 
 
-def _checked(block: Block, theta: Tensor, X: Tensor, weights: Tensor | None) -> Tensor:
-    """Refuse parameters and weights that do not fit the block and the inputs; return the weights."""
-    for name, A in (("theta", theta), ("X", X)):
-        if not isinstance(A, Tensor) or A.dtype not in (torch.float32, torch.float64):
-            found = A.dtype if isinstance(A, Tensor) else type(A).__name__
-            raise TypeError(f"{name} is {found}; a float32 or float64 tensor is needed")
-    if theta.ndim != 4 or theta.shape[3] != block.k or theta.numel() == 0:
-        raise ValueError(f"theta has shape {tuple(theta.shape)}; (S, L, M, {block.k}) is needed for {block.name}")
-    if X.ndim != 2 or X.shape[1] != block.d or len(X) == 0:
-        raise ValueError(f"X has shape {tuple(X.shape)}; (n, {block.d}) is needed for {block.name}")
-    if theta.dtype != X.dtype or theta.device != X.device:
-        raise ValueError(f"theta is {theta.dtype} on {theta.device}, X is {X.dtype} on {X.device}; make them equal")
-    for name, A in (("theta", theta), ("X", X)):
-        if not bool(torch.isfinite(A.detach().sum())) and not bool(torch.isfinite(A.detach()).all()):
-            raise ValueError(f"{name} holds NaN or infinity; finite numbers are needed")
-    return check_weights(weights, theta)
-
-
-def check_weights(weights: Tensor | None, theta: Float[Tensor, "S L M k"]) -> Float[Tensor, " M"]:
-    """The particles' weights, equal ones for None; refused unless they are nonnegative and their sum is 1.
-
-    Args:
-        weights: ``(M,)`` or None.
-        theta: particles; gives M, dtype and device.
-
-    Returns:
-        Weights ``(M,)``.
-
-    Raises:
-        ValueError: another shape, dtype or device, a negative or infinite weight, or a sum other than 1.
-    """
-    M = theta.shape[2]
-    if weights is None:
-        return theta.new_full((M,), 1 / M)
-    if weights.shape != (M,) or weights.dtype != theta.dtype or weights.device != theta.device:
-        found = f"{tuple(weights.shape)} {weights.dtype} on {weights.device}"
-        raise ValueError(f"weights is {found}; ({M},) {theta.dtype} on {theta.device} is needed")
-    total = float(weights.double().sum())
-    if not abs(total - 1) <= 1e3 * torch.finfo(weights.dtype).eps or bool((weights < 0).any()):
+def _check_task(X: Tensor, y: Tensor, v: Tensor) -> None:
+    """Refuse targets that contradict each other, and an output that is always zero."""
+    if (pair := clash(X, y)) is not None:
+        i, j = pair
         raise ValueError(
-            f"weights sum to {total}, the smallest is {float(weights.min())}; weights >= 0 of sum 1 needed"
+            f"X has equal rows {i} and {j} with targets {float(y[i])} and {float(y[j])}; no network can fit both"
         )
-    return weights
+    if not bool(v.any()):
+        raise ValueError(f"v is {v.tolist()}; a nonzero vector is needed")
 
 
-def _functional(v: Tensor, X: Tensor) -> Tensor:
-    if not isinstance(v, Tensor) or v.shape != X.shape[1:] or v.dtype != X.dtype or v.device != X.device:
-        found = f"{tuple(v.shape)} {v.dtype} on {v.device}" if isinstance(v, Tensor) else type(v).__name__
-        raise ValueError(f"v is {found}; ({X.shape[1]},) {X.dtype} on {X.device} is needed")
-    if not bool(torch.isfinite(v).all()) or not bool(v.any()):
-        raise ValueError(f"v is {v.tolist()}; a finite nonzero vector is needed")
-    return v
-
-
+@checked
 def init_particles(
     block: Block,
     L: int,
     M: int,
     *,
     S: int = 1,
-    depth: str = "constant",
+    depth: Literal["constant", "iid"] = "constant",
     generator: torch.Generator,
     dtype: torch.dtype = torch.float64,
     device: torch.device | str | None = None,
 ) -> Float[Tensor, "S L M k"]:
-    """Draw ``theta_lm(0)`` from the block's law: one draw for all depths, one for each, or a smooth process in depth.
+    """Draw ``theta_lm(0)`` from the block's law: one draw for all depths, or one for each.
 
     Numbers are drawn on the CPU in float64, network after network: network s does not depend on S.
 
@@ -125,9 +67,7 @@ def init_particles(
         L: layers.
         M: particles in a layer.
         S: networks.
-        depth: ``"constant"``, ``theta_lm = theta_m``; ``"iid"``, independent layers; ``"process"``,
-            ``theta_m(t) = cos(pi t / 2) theta_m + sin(pi t / 2) theta_m'`` at ``t = l / L``, which has the same law at
-            every depth if the law is normal, and the same covariance if it is centred.
+        depth: ``"constant"``, ``theta_lm = theta_m``; ``"iid"``, independent layers.
         generator: CPU generator.
         dtype: of the result.
         device: of the result.
@@ -136,26 +76,17 @@ def init_particles(
         Particles ``(S, L, M, k)``.
 
     Raises:
-        ValueError: a number below 1, or another name for `depth`.
+        TypeError, ValueError: a number below 1, or another name for `depth`.
     """
     for name, value in (("L", L), ("M", M), ("S", S)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; a positive integer is needed")
-    if depth not in ("constant", "iid", "process"):
-        raise ValueError(f"depth is {depth!r}; 'constant', 'iid' or 'process' is needed")
-    theta = torch.empty(S, L, M, block.k, dtype=dtype, device=device)
+        count(name, value, 1)
+    theta = torch.empty(S, L, M, block.k, dtype=dtype, device=device or "cpu")
     for network in theta:
-        if depth == "constant":
-            network.copy_(block.draw((M,), generator))
-        elif depth == "iid":
-            network.copy_(block.draw((L, M), generator))
-        else:
-            t = (torch.arange(L, dtype=torch.float64) / L * (math.pi / 2))[:, None, None]
-            start, other = block.draw((2, M), generator)
-            network.copy_(torch.cos(t) * start + torch.sin(t) * other)
+        network.copy_(block.draw((M,) if depth == "constant" else (L, M), generator))
     return theta
 
 
+@checked
 def forward(
     block: Block, theta: Float[Tensor, "S L M k"], X: Float[Tensor, "n d"], weights: Float[Tensor, " M"] | None = None
 ) -> Float[Tensor, "T S n d"]:
@@ -173,13 +104,14 @@ def forward(
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that do not fit, NaN or infinity, weights not of sum 1.
     """
-    w = _checked(block, theta, X, weights)
+    w = check_fit(block, theta, X, weights)
     S, L, M, _ = theta.shape
     run = loops.loop(block, (S, L, M, len(X)), w, False)
     run.load(theta)
     return run.forward(X).contiguous()
 
 
+@checked
 def adjoint(
     block: Block,
     theta: Float[Tensor, "S L M k"],
@@ -202,10 +134,8 @@ def adjoint(
     Raises:
         TypeError, ValueError: see `forward`; also a `p_L` that does not fit.
     """
-    w = _checked(block, theta, X, weights)
+    w = check_fit(block, theta, X, weights, p_L=p_L)
     S, L, M, _ = theta.shape
-    if p_L.shape != (S, *X.shape) or p_L.dtype != X.dtype:
-        raise ValueError(f"p_L is {tuple(p_L.shape)} {p_L.dtype}; {(S, *X.shape)} {X.dtype} is needed")
     run = loops.loop(block, (S, L, M, len(X)), w, False)
     run.load(theta)
     z = run.forward(X).contiguous()
@@ -214,6 +144,7 @@ def adjoint(
     return z, p
 
 
+@checked
 def rescaled_gradient(
     block: Block,
     theta: Float[Tensor, "S L M k"],
@@ -240,11 +171,11 @@ def rescaled_gradient(
         The loss ``(S,)`` and the rescaled gradient ``(S, L, M, k)``.
 
     Raises:
-        TypeError, ValueError: see `forward` and `check_data`.
+        TypeError, ValueError: see `forward`; also equal inputs with different targets, or v = 0.
     """
-    w = _checked(block, theta, X, weights)
-    check_data(X, y)
-    step = _Gradient(block, tuple(theta.shape), X, y, _functional(v, X), w)
+    w = check_fit(block, theta, X, weights, y=y, v=v)
+    _check_task(X, y, v)
+    step = _Gradient(block, tuple(theta.shape), X, y, v, w)
     if out is not None and (out.shape != theta.shape or out.dtype != theta.dtype or out.device != theta.device):
         raise ValueError(f"out is {tuple(out.shape)} {out.dtype}; {tuple(theta.shape)} {theta.dtype} is needed")
     G = torch.empty_like(theta) if out is None else out
@@ -304,6 +235,7 @@ def default_chunk(S: int, L: int, M: int, X: Float[Tensor, "n d"]) -> tuple[int,
 Tie = Callable[[Tensor], None]
 
 
+@checked
 def train(
     block: Block,
     theta: Float[Tensor, "S L M k"],
@@ -349,11 +281,10 @@ def train(
         Diverged: the loss became infinite or NaN.
         TypeError, ValueError: see `rescaled_gradient`; also a step that is not positive and finite.
     """
-    w = _checked(block, theta, X, weights)
-    check_data(X, y)
-    if isinstance(step, bool) or not isinstance(step, int | float) or not (math.isfinite(step) and step > 0):
-        raise ValueError(f"step is {step!r}; a positive finite number is needed")
-    gradient = _Gradient(block, tuple(theta.shape), X, y, _functional(v, X), w, chunk)
+    w = check_fit(block, theta, X, weights, y=y, v=v)
+    _check_task(X, y, v)
+    check_positive("step", step)
+    gradient = _Gradient(block, tuple(theta.shape), X, y, v, w, chunk)
     parts = gradient.members(len(theta))
     G = theta.new_empty(gradient.chunk, *theta.shape[1:])
     rms = theta.new_empty(len(theta))
@@ -389,6 +320,7 @@ def train(
     )
 
 
+@checked
 def monitors(
     block: Block,
     X: Float[Tensor, "n d"],
@@ -412,7 +344,7 @@ def monitors(
 
     def average(state: State, take: slice) -> Tensor:
         theta = state.weights[0]
-        return theta[..., take].square().sum(-1).mean(1) @ check_weights(weights, theta)
+        return theta[..., take].square().sum(-1).mean(1) @ check_fit(block, theta, X, weights)
 
     def states(state: State) -> Tensor:
         return forward(block, state.weights[0], X, weights)

@@ -5,19 +5,16 @@ in float64, layer by layer, and carries beside each number a radius that holds e
 
     |value - true| <= radius,   entry by entry
 
-The network is read with ``torch.fx``: containers and modules of the user's own are walked through, and what they do
-must be made of layers and functions with an enclosure. Anything else raises `NoEnclosure`, which names it. BatchNorm
-and dropout are those of evaluation mode; the model itself is copied and never touched. The arithmetic is that of
-`companion.rigor.balls`.
+The network is read by `companion.networks.reading`, and what it does must be made of layers and functions with an
+enclosure. Anything else raises `NoEnclosure`, which names it. BatchNorm and dropout are those of evaluation mode; the
+model itself is copied and never touched. The arithmetic is that of `companion.rigor.balls`.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import operator
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,15 +23,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, fx, nn
 
-from companion.networks.layers import Residual, Softplus
+from companion.networks.layers import Softplus
+from companion.networks.reading import Network, NoEnclosure, ancestors, inputs, read
 from companion.rigor import balls
 from companion.rigor.balls import Ball
 
 BATCH = 256
-
-
-class NoEnclosure(ValueError):
-    """A part of the network has no enclosure; the message names it."""
 
 
 # --- What each layer does to a ball ---------------------------------------------------------------------------------
@@ -190,108 +184,7 @@ def _is_ball(x: Any) -> bool:
     return isinstance(x, tuple) and len(x) == 2 and all(isinstance(part, Tensor) for part in x)
 
 
-# --- Reading a network ----------------------------------------------------------------------------------------------
-
-
-class _Tracer(fx.Tracer):
-    """Stops at layers; walks through containers, `Residual` and modules of the user's own."""
-
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        if isinstance(module, nn.Sequential) or type(module) is Residual:
-            return False
-        ours = type(module).__module__.startswith(("torch.nn", "companion."))
-        return type(module) in MODULES or ours
-
-    def call_module(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if type(module) is Residual:
-            forward = partial(lambda m, x: m.body(x) + m.shortcut(x), module)
-        return super().call_module(module, forward, args, kwargs)
-
-
-@dataclass(frozen=True)
-class Network:
-    """A model that was read: a float64 copy in evaluation mode on the CPU, and its operations in order.
-
-    Args:
-        module: the copy.
-        nodes: the operations, from the input to the output.
-        names: the path of each module of the original, by identity.
-        original: the model itself, kept so that no other module takes its parts' identities.
-    """
-
-    module: nn.Module
-    nodes: tuple[fx.Node, ...]
-    names: dict[int, str]
-    original: nn.Module
-
-    def layer(self, node: fx.Node) -> nn.Module | None:
-        """The module that `node` calls, or None."""
-        return self.module.get_submodule(node.target) if node.op == "call_module" else None
-
-    def calls(self, module: nn.Module) -> list[fx.Node]:
-        """The operations that call `module`, a part of the original model or of the copy.
-
-        Raises:
-            ValueError: the model has no such part.
-        """
-        name = self.names.get(id(module))
-        if name is None:
-            raise ValueError(f"{type(module).__name__} is not a part of the model; one of its own modules is needed")
-        part = self.module.get_submodule(name)
-        return [node for node in self.nodes if self.layer(node) is part]
-
-    def describe(self, node: fx.Node) -> str:
-        """What `node` does, for a message: the class and path of a layer, or the function and its caller's class."""
-        layer = self.layer(node)
-        if layer is not None:
-            return f"{type(layer).__name__} ({node.target})"
-        if node.op == "get_attr":
-            what = f"the tensor {node.target} outside a layer"
-        else:
-            what = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-        stack = node.meta.get("nn_module_stack") or {}
-        owner = list(stack.values())[-1][1] if stack else type(self.module)
-        return f"{what} in {getattr(owner, '__name__', str(owner).rsplit('.', 1)[-1])}"
-
-
-def read(model: nn.Module | Network) -> Network:
-    """Copy `model` to float64 (which is exact), evaluation mode and the CPU, and list its operations.
-
-    Args:
-        model: any module with one input, untouched; a network that was read already is returned as it is.
-
-    Returns:
-        The network that was read.
-
-    Raises:
-        TypeError: not a module.
-        NoEnclosure: a module with hooks or a replaced forward, complex parameters, or a forward that cannot be traced.
-    """
-    if isinstance(model, Network):
-        return model
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; a torch.nn.Module is needed")
-    for name, part in model.named_modules():
-        where = f"{type(part).__name__} ({name})" if name else type(part).__name__
-        if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):  # noqa: SLF001
-            raise NoEnclosure(f"no enclosure for {where}: it has forward hooks or a replaced forward")
-    if any(p.is_complex() for p in model.parameters()):
-        raise NoEnclosure(f"no enclosure for {type(model).__name__}: it has complex parameters")
-    bare = type(model) in MODULES  # a single layer: give the tracer something to walk through
-    try:
-        module = copy.deepcopy(model).cpu().double().eval().requires_grad_(False)
-        module = nn.Sequential(module) if bare else module
-        graph = _Tracer().trace(module)
-    except Exception as error:  # whatever a user's forward may raise when it meets a symbol instead of a tensor
-        first = str(error).strip().split("\n")[0]
-        raise NoEnclosure(f"no enclosure for {type(model).__name__}: it cannot be traced ({first})") from error
-    names = {id(part): name for name, part in (nn.Sequential(model) if bare else model).named_modules()}
-    names |= {id(part): name for name, part in module.named_modules()}
-    network = Network(module, tuple(graph.nodes), names, model)
-    inputs = [node for node in network.nodes if node.op == "placeholder" and (node.users or not node.args)]
-    if len(inputs) != 1:
-        raise NoEnclosure(f"no enclosure for {type(model).__name__}: it has {len(inputs)} inputs instead of one")
-    return network
+# --- Evaluation -----------------------------------------------------------------------------------------------------
 
 
 def _overwrites(network: Network, node: fx.Node) -> bool:
@@ -310,9 +203,6 @@ def _overwrites(network: Network, node: fx.Node) -> bool:
             return False
         source = source.args[0]
     return False
-
-
-# --- Evaluation -----------------------------------------------------------------------------------------------------
 
 
 def _evaluate(network: Network, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
@@ -361,46 +251,11 @@ def _run(network: Network, X: Tensor, target: fx.Node) -> Ball:
     return value, radius
 
 
-def ancestors(target: fx.Node) -> set[fx.Node]:
-    """The nodes that `target` is computed from, itself included."""
-    found, todo = {target}, [target]
-    while todo:
-        for source in todo.pop().all_input_nodes:
-            if source not in found:
-                found.add(source)
-                todo.append(source)
-    return found
-
-
 def _output(network: Network) -> fx.Node:
     (result,) = network.nodes[-1].args
     if not isinstance(result, fx.Node):
         raise NoEnclosure(f"no enclosure for {type(network.module).__name__}: its output is not one tensor")
     return result
-
-
-def inputs(X: Float[Tensor, "N ..."]) -> Float[Tensor, "N ..."]:
-    """Check the inputs of a network and cast them to float64 on the CPU, which is exact.
-
-    Args:
-        X: one sample a row, ``(N, ...)``, float32 or float64.
-
-    Returns:
-        The same numbers.
-
-    Raises:
-        TypeError: not a tensor, or another dtype.
-        ValueError: no rows, no columns, NaN or infinity.
-    """
-    if not isinstance(X, Tensor):
-        raise TypeError(f"X is a {type(X).__name__}; a torch.Tensor is needed")
-    if X.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"X is {X.dtype}; torch.float32 or torch.float64 is needed")
-    if X.ndim < 2 or X.numel() == 0:
-        raise ValueError(f"X has shape {tuple(X.shape)}; (N, ...) with at least one sample and one feature is needed")
-    if not all(math.isfinite(end) for end in X.detach().aminmax()):
-        raise ValueError("X holds NaN or infinity; finite numbers are needed")
-    return X.detach().cpu().double()
 
 
 def blocks(

@@ -1,219 +1,62 @@
-"""Result 1, width bounds (Nguyen 2021): when gradient descent on a deep ReLU network is proved to reach zero loss.
+"""Theorem C and Theorem P on one network and one data set: certificates, their curve, and runs that watch them.
 
-The network has layers ``F_0 = X``, ``F_l = relu(F_{l-1} W_l)`` for ``l < L`` and the output ``F_{L-1} W_L``, no biases;
-the loss is ``0.5 * ||F_{L-1} W_L - Y||_F^2``.  Two theorems look at one initialization and one data set:
-
-- Theorem P, the paper's, with explicit constants: `paper_conditions`.
-- Theorem C, the course's, derived in lesson 1, weaker hypotheses and the same conclusion: `certify`.
-
-Both only read a handful of numbers, the `Spectra` of the network; everything that decides a theorem is a plain
-function of them, batched over leading axes, so that a map over widths or scales is one call.
+What a network gives, its `Spectra`, is measured, or bounded rigorously for the stored floats; the inequalities between
+these numbers are checked in exact rationals at either level.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from companion import data, descent, kernels, networks, rigor
-from companion.certificate import Assumption, Certificate, assumed, compare
+from companion import data, descent, networks, rigor
+from companion.arguments import checked
+from companion.certificate import Assumption, Certificate, assumed, compare, gather, silent
+from companion.rigor.formulas import lower, upper
+from companion.rigor.rounding import up as rounded_up
+from companion.width_bounds.fixed_points import (
+    SHARES,
+    PaperAtRadii,
+    Spectra,
+    at_radii,
+    ball_fixed_point,
+    best_share,
+    check_share,
+    finite_features,
+    inflated,
+    largest_residual,
+    necessary_condition,
+    paper_fixed_point,
+    paper_map,
+    singular_ends,
+    smallest_beta,
+    spectra,
+    theorem_c,
+)
 
-INFLATION = 1e-6  # the fixed points are inflated by this factor at every round, so that they end strictly inside
-MAX_ROUNDS = 20_000
-_UNIT = 2.0**-53
-
-
-@dataclass(frozen=True)
-class Spectra:
-    """All that Theorems P and C read of a network at initialization; leading axes are batched.
-
-    Args:
-        w: ``||W_l||_2`` for l = 1..L, shape (..., L).
-        phi: ``||F_l||_2`` for l = 0..L-1, shape (..., L); ``phi[..., 0] = ||X||_2``.
-        alpha_0: ``sigma_N(F_{L-1})``, shape (...).
-        R_0: ``||F_{L-1} W_L - Y||_F``, shape (...).
-        X_F: ``||X||_F``, shape (...).
-    """
-
-    w: Float[Tensor, "*batch L"]
-    phi: Float[Tensor, "*batch L"]
-    alpha_0: Float[Tensor, "*batch"]
-    R_0: Float[Tensor, "*batch"]
-    X_F: Float[Tensor, "*batch"]
-
-    def scaled(self, beta: Tensor | float) -> Spectra:
-        """The spectra after ``W_{L-1} -> beta W_{L-1}``, for ReLU and ``W_L = 0`` (then ``R_0`` stays ``||Y||_F``)."""
-        beta = torch.as_tensor(beta, dtype=self.w.dtype, device=self.w.device)
-        w, phi = self.w.clone(), self.phi.clone()
-        w[..., -2] *= beta
-        phi[..., -1] *= beta
-        return replace(self, w=w, phi=phi, alpha_0=self.alpha_0 * beta)
-
-    def member(self, s: int) -> Spectra:
-        """The spectra of one network of a batch."""
-        return Spectra(self.w[s], self.phi[s], self.alpha_0[s], self.R_0[s], self.X_F[s])
-
-    @staticmethod
-    def cat(parts: Sequence[Spectra]) -> Spectra:
-        """Join batches of networks of one depth, which may have different data, along the first batch axis."""
-        names = ("w", "phi", "alpha_0", "R_0", "X_F")
-        return Spectra(*(torch.cat([getattr(p, name) for p in parts]) for name in names))
+_UNDECIDED = "undecided: the radii are too close to the edge of feasibility, or their squares leave float64"
+_DESCENT = "full-batch gradient descent in exact arithmetic, no biases"
 
 
-def spectra(X: Float[Tensor, "N d"], Y: Float[Tensor, "N K"], weights: Sequence[Tensor]) -> Spectra:
-    """``w_l = ||W_l||_2``, ``phi_l = ||F_l||_2``, ``alpha_0 = sigma_N(F_{L-1})``, ``R_0`` in ordinary floating point.
-
-    Args:
-        X: inputs, shape (N, d).
-        Y: targets, shape (N, K).
-        weights: L tensors of shape (S, n_in, n_out) or (n_in, n_out).
-
-    Returns:
-        The `Spectra` with batch shape (S,).  ``alpha_0`` is 0 when the last hidden layer is narrower than N.
-    """
-    stacked = networks.as_ensemble(weights)
-    F = networks.features(stacked, X)
-    S, (N, width) = stacked[0].shape[0], F[-1].shape[-2:]
-    w = torch.stack([_largest_singular_value(W) for W in stacked], -1)
-    first = _largest_singular_value(X).expand(S)
-    phi = torch.stack([first, *(_largest_singular_value(f) for f in F[1:])], -1)
-    alpha_0 = torch.linalg.svdvals(F[-1])[..., N - 1] if width >= N else torch.zeros_like(first)
-    R_0 = torch.linalg.matrix_norm(F[-1] @ stacked[-1] - Y)
-    return Spectra(w, phi, alpha_0, R_0, torch.linalg.matrix_norm(X).expand(S))
+# --- Theorem C --------------------------------------------------------------------------------------------------------
 
 
-def _largest_singular_value(A: Tensor) -> Tensor:
-    """``||A||_2`` through the smaller Gram matrix: the largest singular value loses nothing by squaring."""
-    G = A @ A.mT if A.shape[-2] <= A.shape[-1] else A.mT @ A
-    return torch.linalg.eigvalsh(G)[..., -1].clamp_min(0).sqrt()
-
-
-# --- Theorem C ------------------------------------------------------------------------------------------------------
-
-
-class Ball(NamedTuple):
-    """The quantities of Theorem C at radii C; leading axes are batched.
-
-    ``C`` and ``T`` have shape (..., L): the radii and the bounds ``T(C)`` that they must exceed.  ``d = d_{L-1}``
-    bounds the movement of the last features, ``phi = phi_{L-1}`` their norm, ``alpha`` their smallest singular value;
-    ``B`` is the interference of the hidden layers and ``rho`` the rate.  ``feasible`` says ``alpha, rho > 0`` and
-    ``T <= C``.
-    """
-
-    C: Tensor
-    T: Tensor
-    d: Tensor
-    phi: Tensor
-    alpha: Tensor
-    B: Tensor
-    rho: Tensor
-    feasible: Tensor
-    rounds: int
-
-
-def ball_map(s: Spectra, C: Tensor, epsilon: Tensor | float, mode: str = "gd", path: str = "telescope") -> Ball:
-    """Evaluate Theorem C's bounds ``T_l(C) = g_l R_0 / rho`` (l < L) and ``T_L(C) = alpha R_0 / rho`` once.
-
-    With ``lambda_l = w_l + C_l``, ``d_l = d_{l-1} lambda_l + phi_{l-1} C_l``, ``g_l = (phi_{l-1} + d_{l-1})
-    prod_{p>l} lambda_p``, ``alpha = alpha_0 - d_{L-1}``, ``B = sum_{l<L} g_l^2``, ``rho = (1-epsilon) alpha^2 - B``.
-
-    Args:
-        s: the network's spectra, batch shape (...).
-        C: radii, shape (..., L).
-        epsilon: the share of the rate that is given to the step, in (0, 1).
-        mode: ``"gd"``, or ``"flow"`` for gradient flow (``rho = alpha^2``).
-        path: ``"telescope"``, or ``"plain"`` for ``T_L = g_L R_0 / rho``, the bound without the telescoping sum.
-
-    Returns:
-        The `Ball` at C.  Source: Theorem C, derived in lesson 1.
-    """
-    L = s.w.shape[-1]
-    bar = s.w + C
-    d = torch.zeros_like(s.alpha_0)
-    phi = [s.phi[..., 0]]
-    for layer in range(L - 1):
-        d = d * bar[..., layer] + s.phi[..., layer] * C[..., layer]
-        phi.append(s.phi[..., layer + 1] + d)
-    above = torch.ones_like(d)
-    g = [phi[-1]]
-    for layer in reversed(range(L - 1)):
-        above = above * bar[..., layer + 1]
-        g.insert(0, phi[layer] * above)
-    alpha = s.alpha_0 - d
-    B = torch.stack([x**2 for x in g[:-1]], -1).sum(-1) if mode == "gd" else torch.zeros_like(d)
-    rho = (1 - epsilon) * alpha**2 - B if mode == "gd" else alpha**2
-    last = g[-1] if path == "plain" else alpha
-    T = torch.stack([*g[:-1], last], -1) * (s.R_0 / rho)[..., None]
-    feasible = (alpha > 0) & (rho > 0) & (T <= C).all(-1)
-    return Ball(C, T, d, phi[-1], alpha, B, rho, feasible, 0)
-
-
-def ball_fixed_point(s: Spectra, *, epsilon: Tensor | float = 0.25, mode: str = "gd", path: str = "telescope") -> Ball:
-    """Find radii with ``C >= T(C)`` by ``C <- (1 + 1e-6) T(C)`` from ``C = 0``.
-
-    T is nondecreasing, so the iteration stays below every admissible C: if it breaks down (alpha or rho <= 0), no
-    radii exist for spectra smaller by the inflation; if it neither stops nor breaks down, nothing is decided.
-
-    Args:
-        s: the network's spectra, any batch shape.
-        epsilon: the share of the rate given to the step, a number or a tensor that broadcasts with the batch.
-        mode: ``"gd"`` or ``"flow"``.
-        path: ``"telescope"`` or ``"plain"``, as in `ball_map`.
-
-    Returns:
-        The `Ball` at the last radii; ``feasible`` holds one flag for each network.
-
-    Raises:
-        ValueError: epsilon outside (0, 1), or an unknown mode or path.
-    """
-    _check_choices(epsilon, mode, path)
-    ball = ball_map(s, torch.zeros_like(s.w), epsilon, mode, path)
-    for rounds in range(1, MAX_ROUNDS):
-        alive = (ball.alpha > 0) & (ball.rho > 0) & ~ball.feasible
-        if not bool(alive.any()):
-            break
-        C = torch.where(alive[..., None], ball.T * (1 + INFLATION), ball.C)
-        ball = ball_map(s, C, epsilon, mode, path)._replace(rounds=rounds)
-    return ball
-
-
-def _check_choices(epsilon: Tensor | float, mode: str, path: str) -> None:
-    share = torch.as_tensor(epsilon)
-    if not bool(((share > 0) & (share < 1)).all()):
-        raise ValueError(f"epsilon is {epsilon}; a number strictly between 0 and 1 is needed")
-    if mode not in ("gd", "flow"):
-        raise ValueError(f"mode is {mode!r}; 'gd' or 'flow' is needed")
-    if path not in ("telescope", "plain"):
-        raise ValueError(f"path is {path!r}; 'telescope' or 'plain' is needed")
-
-
-def best_epsilon(s: Spectra) -> float:
-    """The epsilon on a grid of 49 values that maximizes ``max_step * rho``, the proved progress of one step.
-
-    Returns 0.25 when no value of the grid is feasible.
-    """
-    grid = torch.linspace(0.02, 0.98, 49, dtype=s.w.dtype, device=s.w.device)
-    wide = Spectra(*(x.expand(49, *x.shape) for x in (s.w, s.phi, s.alpha_0, s.R_0, s.X_F)))
-    ball = ball_fixed_point(wide, epsilon=grid)
-    progress = torch.where(ball.feasible, 2 * grid / ball.phi**2 * ball.rho, torch.zeros_like(grid))
-    return float(grid[progress.argmax()]) if bool(ball.feasible.any()) else 0.25
-
-
+@checked(double=True)
 def certify(
     X: Float[Tensor, "N d"],
     Y: Float[Tensor, "N K"],
     weights: Sequence[Tensor],
     *,
-    epsilon: float | str = 0.25,
-    level: str = "measured",
+    epsilon: float | Literal["auto"] | None = None,
+    level: Literal["measured", "certified"] = "measured",
     step: float | None = None,
 ) -> Certificate:
     """Does Theorem C cover this network and data?  ``||R_k||_F <= (1 - eta rho)^k ||R_0||_F`` if it holds.
@@ -222,183 +65,273 @@ def certify(
         X: inputs, shape (N, d), float64.
         Y: targets, shape (N, K), float64.
         weights: initial weights, L >= 2 tensors of shape (S, n_in, n_out) or (n_in, n_out), float64.
-        epsilon: the share of the rate given to the step, in (0, 1), or ``"auto"`` for `best_epsilon`.
+        epsilon: the share of the rate given to the step, in (0, 1); ``"auto"`` for the value of a grid that proves the
+            most progress in one step; None for 1/4 and, where that shows nothing, the grid.
         level: ``"measured"`` (ordinary floating point) or ``"certified"`` (every rounding error of the features,
-            singular values and norms bounded, the final inequalities in exact rationals).
+            singular values and norms bounded). The final inequalities are checked in exact rationals either way.
         step: the step size eta that will be used; the largest admissible one when omitted.
 
     Returns:
         A `Certificate`.  ``quantities`` holds ``alpha``, ``rho``, ``max_step``, ``radii``, ``R_0``, ``alpha_0``,
-        ``d``, ``B``, ``phi``, ``epsilon``, ``rounds``; on failure the largest admissible ``R_0``, and for ``W_L = 0``
-        the factor ``beta`` of ``W_{L-1}`` that would do.  ``holds=False`` means "not shown", never "does not converge".
-        An ensemble of S networks gives the first network that is not shown, or else the one with the smallest
-        ``alpha_0``, and all of them in ``members``.
+        ``d``, ``B``, ``phi``, ``epsilon``, ``rounds``, rounded to the safe side.  A refusal lists what was found before
+        anything moves, ``R_0``, ``alpha_0``, ``phi`` and ``B_0``, and what would do: ``largest_R_0`` and, for
+        ``W_L = 0``, the factor ``beta`` of ``W_{L-1}``.  ``holds=False`` means "not shown", never "does not converge".
+        An ensemble of S networks holds if each does; ``max_step`` and ``rho`` are then the smallest of all, the rest is
+        that of the network with the smallest ``alpha_0``, and every network's own certificate is in ``members``.
 
     Raises:
         TypeError: an argument is not a tensor, or not float64.
-        ValueError: NaN, infinity, wrong shape, an empty list of weights, unknown level, epsilon or step out of range.
+        ValueError: NaN, infinity, wrong shape, an empty list of weights, unknown level, epsilon or step out of range,
+            or numbers so large that features overflow.
 
     Source: Theorem C, derived in lesson 1.
     """
-    stacked = _validated(X, Y, weights)
-    if level not in ("measured", "certified"):
-        raise ValueError(f"level is {level!r}; 'measured' or 'certified' is needed")
-    if isinstance(epsilon, str) and epsilon != "auto":
-        raise ValueError(f"epsilon is {epsilon!r}; a number between 0 and 1 or 'auto' is needed")
-    if not isinstance(epsilon, str):
-        _check_choices(epsilon, "gd", "telescope")
-    if step is not None and not (step > 0 and math.isfinite(step)):
+    stacked = _network(X, Y, weights)
+    if epsilon is not None and epsilon != "auto":
+        check_share(epsilon)
+    if step is not None and not step > 0:
         raise ValueError(f"step is {step}; a positive number is needed")
-    N, width = X.shape[0], stacked[-1].shape[1]
-    first = _data_rows(X, N, width, len(stacked))
-    if not all(a.holds for a, _ in first):
-        reason = next(reason for a, reason in first if not a.holds)
-        return Certificate("Theorem C", False, tuple(a for a, _ in first), {}, reason)
-    rows = tuple(a for a, _ in first)
-    members = []
-    for s in range(stacked[0].shape[0]):
-        one = [W[s] for W in stacked]
-        values = _certified_spectra(X, Y, one) if level == "certified" else spectra(X, Y, one).member(0)
-        share = best_epsilon(values) if epsilon == "auto" else float(epsilon)
-        zero_last = not bool(one[-1].any())
-        members.append(_certify_one(values, share, level, step, rows, zero_last))
-    return _gather(members)
+    rows, reason = _data_rows(X, stacked[-1].shape[1], len(stacked))
+    if reason:
+        return silent("Theorem C", rows, reason)
+    ask = _Asked(epsilon, level, step)
+    members = [_certify_one(X, Y, [W[s] for W in stacked], ask, rows) for s in range(len(stacked[0]))]
+    front = gather(members, key=lambda member: member.quantities["alpha_0"])
+    if not front.holds:
+        return front
+    rho = min(member.quantities["rho"] for member in members)
+    return replace(front, quantities=front.quantities | {"rho": rho})
 
 
-def _gather(members: list[Certificate]) -> Certificate:
-    if len(members) == 1:
-        return members[0]
-    failing = [m for m in members if not m.holds]
-    worst = failing[0] if failing else min(members, key=lambda m: m.quantities["alpha_0"])
-    return replace(worst, members=tuple(members))
+class _Asked(NamedTuple):
+    epsilon: float | str | None
+    level: str
+    step: float | None
 
 
-def _validated(X: Tensor, Y: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-    data.check(X, Y, geometry=False)
+def _network(X: Tensor, Y: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     networks.check_weights(weights, X, Y)
-    if X.dtype != torch.float64:
-        raise TypeError(f"X has dtype {X.dtype}; a certificate needs float64")
     if len(weights) < 2:
         raise ValueError(f"weights has {len(weights)} matrix; at least 2 are needed (one hidden layer)")
-    return networks.as_ensemble(weights)
+    return [W.detach() for W in networks.as_ensemble(weights)]
 
 
-def _data_rows(X: Tensor, N: int, width: int, L: int) -> list[tuple[Assumption, str]]:
-    """The lines about the data and the width, each with the reason that a failure gives."""
-    found = data.degeneracies(X)
-    dependent = found.antipodal_dependent and L == 2
+def _data_rows(X: Tensor, width: int, L: int) -> tuple[list[Assumption], str]:
+    """The lines about the data and the width, and the reason that the first failure gives."""
+    found, N = data.degeneracies(X), len(X)
     reason = ""
     if found.zero_rows:
         reason = f"zero_row: row {found.zero_rows[0]} of X is zero, and its features are zero at every width"
     elif found.parallel_pairs:
         i, j = found.parallel_pairs[0]
         reason = (
-            f"parallel_rows: rows {i} and {j} of X are positively parallel, and so are their features at every width"
+            f"parallel_rows: rows {i} and {j} of X are, to rounding, positively parallel, and so are their features "
+            "at every width"
         )
-    elif dependent:
+    elif found.antipodal_dependent and L == 2:
         pairs = ", ".join(f"({i}, {j})" for i, j in found.antipodal_pairs)
         reason = f"dependent_antipodal_pairs: the antipodal pairs {pairs} of X are linearly dependent"
-    rows = [(Assumption("rows of X in general position", not reason, "is", True, "measured", not reason), reason)]
-    narrow = f"too_narrow: the last hidden layer has {width} neurons; at least N = {N} are needed"
-    rows.append((compare("n ≥ N", width, ">=", N, "exact"), narrow))
-    return rows
+    rows = [Assumption("rows of X in general position", not reason, "is", True, "measured", not reason)]
+    rows.append(compare("n ≥ N", width, ">=", N, "exact"))
+    if not rows[-1].holds and not reason:
+        reason = f"too_narrow: the last hidden layer has {width} neurons; at least N = {N} are needed"
+    return rows, reason
 
 
-def _certify_one(
-    s: Spectra, epsilon: float, level: str, step: float | None, rows: tuple[Assumption, ...], zero_last: bool
-) -> Certificate:
-    """Theorem C for one network from its spectra (one-sided bounds are enough: T is monotone in each of them)."""
-    status = "certified" if level == "certified" else "measured"
-    if status == "certified" and float(s.alpha_0) > 0:  # alpha_0 > 0 proves what the floating-point look at X suggests
-        rows = tuple(replace(a, status="certified") if a.status == "measured" else a for a in rows)
-    rows = (*rows, compare("α₀ = σ_N(F_{L-1})", float(s.alpha_0), ">", 0.0, status))
+def _certify_one(X: Tensor, Y: Tensor, one: list[Tensor], ask: _Asked, rows: list[Assumption]) -> Certificate:
+    """Theorem C for one network; one-sided bounds on its spectra are enough, as T is monotone in each of them."""
+    s = certified_spectra(X, Y, one) if ask.level == "certified" else _measured_spectra(X, Y, one)
+    alpha_0 = float(s.alpha_0)
+    if ask.level == "certified" and alpha_0 > 0:  # that proves what the floating-point look at X suggests
+        rows = [replace(a, status="certified") if a.status == "measured" else a for a in rows]
+    rows = [*rows, compare("α₀ = σ_N(F_{L-1})", alpha_0, ">", 0.0, ask.level)]
+    facts = {"alpha_0": alpha_0, "R_0": float(s.R_0), "phi": float(s.phi[-1])}
     if not rows[-1].holds:
-        detail = "sigma_min_unresolved: no positive lower bound on the smallest singular value was found"
-        return Certificate("Theorem C", False, rows, {"epsilon": epsilon}, detail)
+        reason = "sigma_min_unresolved: no positive lower bound on the smallest singular value was found"
+        return Certificate("Theorem C", False, tuple(rows), facts, reason + _dependent(X, Y, one))
+    epsilon = _share(s, ask)
+    proof = _prove(s, epsilon)
+    if proof is None:
+        return _refuse(s, ask, epsilon, rows, facts, zero_last=not bool(one[-1].any()))
+    step, most = ask.step or proof["max_step"], proof["max_step"]
+    rows += [
+        compare("α = α₀ - d_{L-1}", proof["alpha"], ">", 0.0, ask.level),
+        compare("B, against (1-ε) α²", proof["B"], "<", (1 - epsilon) * proof["alpha"] ** 2, ask.level),
+        compare("T_l(C) ≤ C_l in every layer", True, "is", True, "exact" if ask.level == "certified" else "measured"),
+        compare("η", step, "<=", most, ask.level),
+        assumed(_DESCENT),
+    ]
+    reason = ""
+    if not all(a.holds for a in rows):
+        reason = _UNDECIDED if step <= most else f"step_too_large: the theorem asks for η ≤ {most!r}"
+    return Certificate("Theorem C", not reason, tuple(rows), proof, reason)
+
+
+def _measured_spectra(X: Tensor, Y: Tensor, one: list[Tensor]) -> Spectra:
+    """The measured `Spectra` of one network, with what rounding may have made of them taken off.
+
+    A product of ``F_{L-1}`` and ``W_L`` that cancels against Y leaves its rounding in ``R_0``; a singular value below
+    the rounding of the features says nothing, and counts as 0.
+    """
+    s = spectra(X, Y, one).member(0)
+    width = max(max(W.shape) for W in one)
+    resolution = 8 * max(len(X), one[-1].shape[-2]) * rigor.UNIT * s.phi[-1]
+    R_0 = s.R_0 + len(one) * width * rigor.UNIT * s.phi[-1] * s.w[-1]
+    return replace(s, R_0=R_0, alpha_0=torch.where(s.alpha_0 > resolution, s.alpha_0, 0.0))
+
+
+def _dependent(X: Tensor, Y: Tensor, one: list[Tensor]) -> str:
+    """Where the features become dependent, if one layer shows it: dead or parallel samples stay so above it."""
+    F, _ = finite_features(X, Y, [W[None] for W in one])
+    for layer, f in enumerate(F[1:], 1):
+        found = data.degeneracies(f[0])
+        if found.zero_rows:
+            samples = ", ".join(map(str, found.zero_rows[:5]))
+            return f"; no neuron of layer {layer} is active on sample {samples}, whatever the widths above"
+        if found.parallel_pairs:
+            i, j = found.parallel_pairs[0]
+            return f"; rows {i} and {j} of F_{layer} are, to rounding, positively parallel, whatever the widths above"
+    return ""
+
+
+def _share(s: Spectra, ask: _Asked) -> float:
+    """The epsilon to prove with; the smallest of the grid, where most networks have radii, when there are none."""
+    if isinstance(ask.epsilon, str) or ask.epsilon is None:
+        ball = ball_fixed_point(s, epsilon=0.25)
+        enough = ask.step is None or ask.step <= 2 * 0.25 / float(ball.phi) / float(ball.phi)
+        if ask.epsilon is None and bool(ball.feasible) and enough:
+            return 0.25
+        return best_share(s, ask.step) or SHARES[0]
+    return float(ask.epsilon)
+
+
+def _prove(s: Spectra, epsilon: float) -> dict[str, Any] | None:
+    """Theorem C's quantities, rounded to the safe side, at radii where its inequalities hold in exact rationals.
+
+    rho is a difference of nearly equal numbers at the edge, which the inflation of the fixed point need not cover:
+    when the rational check fails, the iteration goes on for a few more rounds.
+    """
     ball = ball_fixed_point(s, epsilon=epsilon)
-    proof = _exact_ball(s, ball, epsilon) if level == "certified" else None
-    if proof is not None:
-        ball = proof.ball
-    max_step = 2 * epsilon / float(ball.phi) ** 2 if proof is None else proof.max_step
-    closed = bool(ball.feasible) if proof is None else proof.holds
-    final = "exact" if proof is not None else status
-    rows = (
-        *rows,
-        compare("α = α₀ - d_{L-1}", float(ball.alpha), ">", 0.0, status),
-        compare("B, against (1-ε) α²", float(ball.B), "<", float(ball.rho + ball.B), status),
-        compare("T_l(C) ≤ C_l in every layer", closed, "is", True, final),
-        compare("η", max_step if step is None else step, "<=", max_step, status),
-        assumed("full-batch gradient descent in exact arithmetic, no biases"),
-    )
-    holds = all(a.holds for a in rows)
-    quantities = _quantities(s, ball, epsilon, max_step)
-    reason = "" if holds else _reason(s, ball, epsilon, rows, quantities, zero_last)
-    return Certificate("Theorem C", holds, rows, quantities, reason)
+    if not bool(ball.feasible):
+        return None
+    for _ in range(20):
+        exact = in_fractions(s, ball.C.tolist(), epsilon)
+        if exact is not None:
+            d, phi, alpha, B, rho = exact
+            return {
+                "alpha": lower(alpha),
+                "rho": lower(rho),
+                "max_step": lower(2 * Fraction(epsilon) / phi**2),
+                "radii": ball.C.tolist(),
+                "R_0": float(s.R_0),
+                "alpha_0": float(s.alpha_0),
+                "d": upper(d),
+                "B": upper(B),
+                "phi": upper(phi),
+                "epsilon": epsilon,
+                "rounds": ball.rounds,
+            }
+        ball = at_radii(s, inflated(ball.T), epsilon, rounds=ball.rounds + 1)
+        if not (float(ball.alpha) > 0 and float(ball.rho) > 0):
+            break
+    return None
 
 
-def _quantities(s: Spectra, ball: Ball, epsilon: float, max_step: float) -> dict[str, Any]:
-    return {
-        "alpha": float(ball.alpha),
-        "rho": float(ball.rho),
-        "max_step": max_step,
-        "radii": ball.C.tolist(),
-        "R_0": float(s.R_0),
-        "alpha_0": float(s.alpha_0),
-        "d": float(ball.d),
-        "B": float(ball.B),
-        "phi": float(ball.phi),
-        "epsilon": epsilon,
-        "rounds": ball.rounds,
-    }
+def in_fractions(s: Spectra, C: list[float], epsilon: float) -> tuple[Fraction, ...] | None:
+    """``(d, phi, alpha, B, rho)`` of Theorem C in exact rationals, or None where an inequality fails."""
+    w, phi_0, radii = ([Fraction(x) for x in part] for part in (s.w.tolist(), s.phi.tolist(), C))
+    alpha_0, R_0 = (Fraction(float(x)) for x in (s.alpha_0, s.R_0))
+    d, phi, alpha, B, rho, g = theorem_c(w, phi_0, alpha_0, radii, Fraction(epsilon))
+    if alpha <= 0 or rho <= 0 or any(x * R_0 > c * rho for x, c in zip(g, radii, strict=True)):
+        return None
+    return d, phi, alpha, B, rho
 
 
-def _reason(
-    s: Spectra, ball: Ball, epsilon: float, rows: tuple[Assumption, ...], quantities: dict[str, Any], zero_last: bool
-) -> str:
-    if all(a.holds for a in rows if a.name != "η"):
-        return f"step_too_large: the theorem asks for η ≤ {quantities['max_step']:.3g}"
-    start = ball_map(s, torch.zeros_like(s.w), epsilon)
-    if float(start.rho) <= 0:
-        return "interference: B exceeds (1-ε) α₀² already without any movement, so that no target helps"
-    if float(ball.rho) > 0 and float(ball.alpha) > 0:
-        return "undecided: the radii are too close to the edge of feasibility"
-    quantities["largest_R_0"] = largest_residual(s, epsilon=epsilon)
-    hint = f"residual_too_large: R₀ is {float(s.R_0):.3g}; {quantities['largest_R_0']:.3g} would do"
-    if zero_last:
-        quantities["beta"] = float(smallest_beta(s, epsilon=epsilon, tol=1e-3))
-        hint += f", or W_{{L-1}} scaled by {quantities['beta']:.3g}"
-    return hint
+def _refuse(
+    s: Spectra, ask: _Asked, epsilon: float, rows: list[Assumption], facts: dict[str, Any], zero_last: bool
+) -> Certificate:
+    """No radii: the facts, and the cheapest change that would help."""
+    w, phi = ([Fraction(x) for x in part] for part in (s.w.tolist(), s.phi.tolist()))
+    B_0, rho_0 = theorem_c(w, phi, Fraction(float(s.alpha_0)), [Fraction(0)] * len(w), Fraction(epsilon))[3:5]
+    free = Assumption("B before any move, against (1-ε) α₀²", upper(B_0), "<", lower(B_0 + rho_0), ask.level, rho_0 > 0)
+    exists = Assumption("T_l(C) ≤ C_l in every layer, for some C", False, "is", True, ask.level, False)
+    facts = facts | {"B_0": upper(B_0), "epsilon": epsilon}
+    ball = ball_fixed_point(s, epsilon=epsilon)
+    better = None if ask.epsilon in (None, "auto") else best_share(s, ask.step)
+    if better is not None:
+        reason = f"epsilon_too_large: no radii at ε = {epsilon:.3g}, but at ε = {better:.3g} (epsilon='auto')"
+    elif not free.holds:
+        needed = f"W_L = 0, or less than {math.sqrt((B_0 + rho_0) / B_0):.2g} W_L, is needed"
+        reason = f"interference: B exceeds (1-ε) α₀² without any movement; {needed}"
+    elif not (bool(ball.rho <= 0) or bool(ball.alpha <= 0)):
+        reason = _UNDECIDED
+    else:
+        largest = largest_residual(s, epsilon=epsilon)
+        beta = float(smallest_beta(s, epsilon=epsilon, tol=1e-3)) if zero_last else math.inf
+        facts |= ({"largest_R_0": largest} if largest > 0 else {}) | ({"beta": beta} if math.isfinite(beta) else {})
+        changes = [f"{largest:.3g}"] * (largest > 0) + [f"W_{{L-1}} scaled by {beta:.3g}"] * math.isfinite(beta)
+        reason = f"residual_too_large: R₀ is {facts['R_0']:.3g}"
+        reason += f"; {', or '.join(changes)} would do" if changes else ""
+    return Certificate("Theorem C", False, (*rows, free, exists), facts, reason)
 
 
-def envelope(certificate: Certificate, step: float, k: Tensor) -> Tensor:
-    """Theorem C's curve ``(1 - eta rho')^k R_0``, an upper bound on the residual norm after k steps.
+@checked
+def envelope(certificate: Certificate, step: float | Float[Tensor, " S"], k: Tensor) -> Tensor:
+    """Theorem C's curve ``(1 - eta rho')^k R_0``, an upper bound on the residual norm after k steps, rounded up.
 
     A step below the largest one leaves more of the rate: ``rho' = (1 - eta phi^2 / 2) alpha^2 - B`` (lesson 1, fact 2).
 
     Args:
         certificate: a certificate that holds, from `certify`.
-        step: the step size eta.
-        k: numbers of steps, any shape.
+        step: the step size eta, one for all networks or one for each.
+        k: whole numbers of steps, any shape.
 
     Returns:
-        The bounds on ``||R_k||_F``, the shape of k.
+        The bounds on ``||R_k||_F``: the shape of k, for an ensemble with a last axis S.
 
     Raises:
-        ValueError: the certificate does not hold, or step is not in (0, max_step].
+        ValueError: the certificate does not hold, k is below 0, or step is not in (0, max_step] of every network.
+
+    Source: Theorem C, derived in lesson 1.
     """
-    if not certificate.holds:
-        raise ValueError(f"certificate does not hold ({certificate.reason}); an envelope needs one that does")
-    q = certificate.quantities
+    if not certificate.holds or "rho" not in certificate.quantities:
+        found = certificate.reason or f"it is one of {certificate.theorem}"
+        raise ValueError(f"certificate does not hold ({found}); an envelope needs one of Theorem C that does")
+    if bool((k < 0).any()) or bool((k != k.round()).any() if k.is_floating_point() else False):
+        raise ValueError("k holds a number that is not a count of steps; whole numbers >= 0 are needed")
+    members = certificate.members or (certificate,)
+    curves = [_curve(m.quantities, eta, k) for m, eta in zip(members, _steps(step, len(members)), strict=True)]
+    return torch.stack(curves, -1) if certificate.members else curves[0]
+
+
+def _curve(q: dict[str, Any], step: float, k: Tensor) -> Tensor:
+    """One network's envelope: every power by repeated squaring, each product rounded up."""
     if not 0 < step <= q["max_step"]:
-        raise ValueError(f"step is {step}; a number in (0, {q['max_step']:.6g}] is needed")
-    rho = (1 - step * q["phi"] ** 2 / 2) * q["alpha"] ** 2 - q["B"]
-    return (1 - step * rho) ** k.to(torch.float64) * q["R_0"]
+        raise ValueError(f"step is {step}; a number in (0, {q['max_step']!r}] is needed")
+    eta, phi, alpha, B = (Fraction(x) for x in (step, q["phi"], q["alpha"], q["B"]))
+    rho = (1 - eta * phi**2 / 2) * alpha**2 - B
+    left = k.to(torch.int64)
+    square = torch.tensor(upper(1 - eta * rho), dtype=torch.float64, device=k.device)
+    power = torch.full_like(left, q["R_0"], dtype=torch.float64)
+    while bool((left > 0).any()):
+        power = torch.where(left % 2 == 1, rounded_up(power * square), power)
+        square, left = rounded_up(square * square), left // 2
+    return power
 
 
-# --- Theorem C, rigorously ------------------------------------------------------------------------------------------
+def _steps(step: float | Tensor, S: int) -> list[float]:
+    """A step for each of S networks, as Python numbers."""
+    if not isinstance(step, Tensor) or step.ndim == 0:
+        return [float(step)] * S
+    if len(step) != S:
+        raise ValueError(f"step has shape {tuple(step.shape)}; one number, or one for each of {S} networks, is needed")
+    return step.tolist()
 
 
-def _certified_spectra(X: Tensor, Y: Tensor, weights: list[Tensor]) -> Spectra:
+# --- Theorem C, rigorously --------------------------------------------------------------------------------------------
+
+
+def certified_spectra(X: Tensor, Y: Tensor, weights: list[Tensor]) -> Spectra:
     """One-sided bounds on the spectra of the exact-arithmetic network with these stored floats as its weights.
 
     ``e_l >= ||fl(F_l) - F_l||_F`` obeys ``e_l = e_{l-1} ||W_l||_2 + ||fl(F_{l-1} W_l) - F_{l-1} W_l||_F``, since ReLU
@@ -406,147 +339,26 @@ def _certified_spectra(X: Tensor, Y: Tensor, weights: list[Tensor]) -> Spectra:
     """
     up = rigor.round_up
     X, Y, weights = X.cpu(), Y.cpu(), [W.cpu() for W in weights]
+    stacks, R = finite_features(X, Y, [W[None] for W in weights])
+    F = [f[0] for f in stacks]
     w = [rigor.spectral_norm_upper(W) for W in weights]
-    phi, error, F = [rigor.spectral_norm_upper(X)], 0.0, X
-    for W, norm in zip(weights[:-1], w, strict=False):
-        error = up(up(error * norm) + rigor.product_error(F, W))
-        F = torch.relu(F @ W)
-        phi.append(up(rigor.spectral_norm_upper(F) + error))
-    alpha_0 = max(0.0, rigor.round_down(rigor.sigma_min_lower(F) - error))
-    out = up(up(error * w[-1]) + rigor.product_error(F, weights[-1]))
-    R = F @ weights[-1] - Y
+    phi, error = [rigor.spectral_norm_upper(X)], 0.0
+    for below, f, W, norm in zip(F, F[1:], weights, w, strict=False):
+        error = up(up(error * norm) + rigor.product_error(below, W))
+        phi.append(up(rigor.spectral_norm_upper(f) + error))
+    alpha_0 = max(0.0, rigor.round_down(rigor.sigma_min_lower(F[-1]) - error))
+    out = up(up(error * w[-1]) + rigor.product_error(F[-1], weights[-1]))
     # the subtraction itself: |fl(a - b) - (a - b)| <= u |fl(a - b)|
-    R_0 = up(up(rigor.frobenius_norm_upper(R) * (1 + 4 * _UNIT)) + out)
-    X_F = rigor.frobenius_norm_upper(X)
-    number = torch.tensor([alpha_0, R_0, X_F], dtype=torch.float64)
-    return Spectra(torch.tensor(w, dtype=torch.float64), torch.tensor(phi, dtype=torch.float64), *number)
+    R_0 = up(up(rigor.frobenius_norm_upper(R[0]) * (1 + 4 * rigor.UNIT)) + out)
+    numbers = (w, phi, alpha_0, R_0, rigor.frobenius_norm_upper(X))
+    return Spectra(*(torch.tensor(x, dtype=torch.float64, device="cpu") for x in numbers))
 
 
-class _Proof(NamedTuple):
-    ball: Ball
-    holds: bool
-    max_step: float
+# --- Theorem P --------------------------------------------------------------------------------------------------------
 
 
-def _exact_ball(s: Spectra, ball: Ball, epsilon: float) -> _Proof | None:
-    """Check ``alpha, rho > 0`` and ``T(C) <= C`` in rationals, and round the quantities outward.
-
-    rho is a difference of nearly equal numbers at the edge, which the inflation of the fixed point need not cover:
-    when the rational check fails, the iteration goes on for a few more rounds.
-    """
-    if not bool(ball.feasible):
-        return None
-    for _ in range(20):
-        proof = _rational_check(s, ball.C, epsilon)
-        if proof is not None:
-            d, phi, alpha, B, rho, T = proof
-            up, down = rigor.round_up, rigor.round_down
-            number = torch.tensor(
-                [up(float(d)), up(float(phi)), down(float(alpha)), up(float(B)), down(float(rho))], dtype=torch.float64
-            )
-            bounds = torch.tensor([up(float(t)) for t in T], dtype=torch.float64)
-            rounded = ball._replace(
-                d=number[0], phi=number[1], alpha=number[2], B=number[3], rho=number[4], T=torch.minimum(bounds, ball.C)
-            )
-            return _Proof(rounded, True, down(float(2 * Fraction(epsilon) / phi**2)))
-        ball = ball_map(s, ball.T * (1 + INFLATION), epsilon)._replace(rounds=ball.rounds + 1)
-        if not (float(ball.alpha) > 0 and float(ball.rho) > 0):
-            break
-    return _Proof(ball, False, 0.0)
-
-
-class _Exact(NamedTuple):
-    d: Fraction
-    phi: Fraction
-    alpha: Fraction
-    B: Fraction
-    rho: Fraction
-    T: list[Fraction]
-
-
-def _rational_check(s: Spectra, C: Tensor, epsilon: float) -> _Exact | None:
-    """``(d, phi, alpha, B, rho, T)`` of Theorem C in exact rationals, or None when an inequality fails."""
-    radii = [Fraction(c) for c in C.tolist()]
-    bar = [Fraction(w) + c for w, c in zip(s.w.tolist(), radii, strict=True)]
-    phi_0 = [Fraction(p) for p in s.phi.tolist()]
-    R_0, L, d, phi = Fraction(float(s.R_0)), len(radii), Fraction(0), [phi_0[0]]
-    for layer in range(L - 1):
-        d = d * bar[layer] + phi_0[layer] * radii[layer]
-        phi.append(phi_0[layer + 1] + d)
-    alpha = Fraction(float(s.alpha_0)) - d
-    g = [phi[layer] * math.prod(bar[layer + 1 :]) for layer in range(L - 1)]
-    B = sum((x**2 for x in g), Fraction(0))
-    rho = (1 - Fraction(epsilon)) * alpha**2 - B
-    if alpha <= 0 or rho <= 0:
-        return None
-    T = [x * R_0 / rho for x in (*g, alpha)]
-    if any(t > c for t, c in zip(T, radii, strict=True)):
-        return None
-    return _Exact(d, phi[-1], alpha, B, rho, T)
-
-
-# --- Theorem P ------------------------------------------------------------------------------------------------------
-
-
-class PaperBall(NamedTuple):
-    """Theorem P at radii C: ``ratios`` (..., 3) are left over right sides of (i)-(iii), ``step`` the largest one."""
-
-    C: Tensor
-    ratios: Tensor
-    step: Tensor
-    feasible: Tensor
-
-
-def paper_map(s: Spectra, C: Tensor) -> PaperBall:
-    """Evaluate Theorem P's three conditions and its step at radii C of shape (..., L).
-
-    With ``lambda_l = w_l + C_l``, ``P_l = prod_{p != l} lambda_p``, ``S = sum_{l<L} P_l^2 / lambda_L^2``:
-    (i) ``alpha_0^2 >= 16 ||X||_F R_0 max_l P_l / C_l``, (ii) ``alpha_0^3 >= 32 ||X||_F^2 lambda_L S R_0``,
-    (iii) ``alpha_0^2 >= 16 ||X||_F^2 lambda_L^2 S``.
-    """
-    bar = s.w + C
-    P = torch.stack([_product_without(bar, layer) for layer in range(bar.shape[-1])], -1)
-    last, lowers = bar[..., -1], P[..., -1]
-    # sum_{l<L} (P_l / lambda_L)^2 without the division: lambda_L = 0 when W_L = 0 and C = 0
-    S = torch.stack([_product_without(bar[..., :-1], layer) ** 2 for layer in range(bar.shape[-1] - 1)], -1).sum(-1)
-    right = torch.stack(
-        [
-            16 * s.X_F * s.R_0 * torch.where(C > 0, P / C, math.inf).amax(-1) / s.alpha_0**2,
-            32 * s.X_F**2 * last * S * s.R_0 / s.alpha_0**3,
-            16 * s.X_F**2 * last**2 * S / s.alpha_0**2,
-        ],
-        -1,
-    )
-    hidden = (bar[..., :-1] ** -2).sum(-1)
-    step = torch.minimum(8 / s.alpha_0**2, hidden / (s.X_F * lowers * last * (hidden + last**-2)) ** 2)
-    return PaperBall(C, 1 / right, step, (right <= 1).all(-1))
-
-
-def paper_fixed_point(s: Spectra) -> PaperBall:
-    """Theorem P at its optimal radii: the smallest C with ``C_l >= 16 ||X||_F R_0 P_l(C) / alpha_0^2``.
-
-    Conditions (ii) and (iii) only worsen as C grows, so that no other radii do better (lesson 1).  Where no radii
-    satisfy (i), C = 0 is returned: the ratio of (i) is then 0, and those of (ii) and (iii) are upper bounds.
-    """
-    scale = (16 * s.X_F * s.R_0 / s.alpha_0**2)[..., None]
-    C, done = torch.zeros_like(s.w), torch.zeros_like(s.alpha_0, dtype=torch.bool)
-    for _ in range(MAX_ROUNDS):
-        bar = s.w + C
-        T = scale * torch.stack([_product_without(bar, layer) for layer in range(bar.shape[-1])], -1)
-        done = (T <= C).all(-1)
-        moving = ~done & (T.amax(-1) < 1e60)
-        if not bool(moving.any()):
-            break
-        C = torch.where(moving[..., None], T * (1 + INFLATION), C)
-    return paper_map(s, torch.where(done[..., None], C, torch.zeros_like(C)))
-
-
-def _product_without(bar: Tensor, layer: int) -> Tensor:
-    keep = [i for i in range(bar.shape[-1]) if i != layer]
-    return bar[..., keep].prod(-1)
-
-
-def paper_conditions(
+@checked(double=True)
+def certify_paper(
     X: Float[Tensor, "N d"],
     Y: Float[Tensor, "N K"],
     weights: Sequence[Tensor],
@@ -562,8 +374,8 @@ def paper_conditions(
 
     Returns:
         A `Certificate` with the ratios of the left to the right sides of (i)-(iii) as its lines; ``quantities`` holds
-        ``alpha_0``, ``max_step``, ``rate`` (of the loss, for one step), ``radii`` and ``necessary``, the ratio of
-        `necessary_condition`, which must be at least 1 for any radii to exist.
+        ``alpha_0``, ``R_0``, ``max_step``, ``rate`` (of the loss, for one step), ``radii`` and, unless ``W_L = 0``,
+        ``necessary``, the ratio of `necessary_condition`, which must be at least 1 for any radii to exist.
 
     Raises:
         TypeError: an argument is not a tensor, or not float64.
@@ -571,280 +383,44 @@ def paper_conditions(
 
     Source: Nguyen (2021), Theorem 2.2, as restated by Cong, Ramezani and Mahdavi (2021), appendix D.
     """
-    stacked = _validated(X, Y, weights)
+    stacked = _network(X, Y, weights)
     if radii is not None and (len(radii) != len(stacked) or not all(c > 0 for c in radii)):
         raise ValueError(f"radii is {list(radii)}; {len(stacked)} positive numbers are needed, one for each layer")
-    N = X.shape[0]
-    rows = _data_rows(X, N, stacked[-1].shape[1], len(stacked))
-    bad = [reason for a, reason in rows if not a.holds]
-    if bad:
-        return Certificate("Theorem P", False, tuple(a for a, _ in rows), {}, bad[0])
-    s = spectra(X, Y, stacked)
-    if radii is None:
-        ball = paper_fixed_point(s)
-    else:
-        ball = paper_map(s, torch.tensor(list(radii), dtype=s.w.dtype, device=s.w.device).expand_as(s.w))
-    necessary = necessary_condition(s, N)
-    members = [_paper_one(s.member(i), ball, float(necessary[i]), i, [a for a, _ in rows]) for i in range(len(s.R_0))]
-    return _gather(members)
+    rows, reason = _data_rows(X, stacked[-1].shape[1], len(stacked))
+    if reason:
+        return silent("Theorem P", rows, reason)
+    members = []
+    for i in range(len(stacked[0])):
+        s = _measured_spectra(X, Y, [W[i] for W in stacked])
+        at = paper_fixed_point(s) if radii is None else paper_map(s, s.w.new_tensor([float(c) for c in radii]))
+        members.append(_paper_one(s, at, float(necessary_condition(s, len(X))), rows))
+    return gather(members, key=lambda member: member.quantities["alpha_0"])
 
 
-def _paper_one(s: Spectra, ball: PaperBall, necessary: float, i: int, rows: list[Assumption]) -> Certificate:
-    alpha_0, step = float(s.alpha_0), float(ball.step[i])
+def _paper_one(s: Spectra, at: PaperAtRadii, necessary: float, rows: list[Assumption]) -> Certificate:
+    alpha_0, step = float(s.alpha_0), float(at.step)
     rows = [*rows, compare("α₀ = σ_N(F_{L-1})", alpha_0, ">", 0.0)]
-    found = bool(ball.C[i].any())  # optimal radii that do not exist come back as zeros
+    found = bool(at.C.any())  # optimal radii that do not exist come back as zeros
     if found:
         names = ("(i) α₀² / right side", "(ii) α₀³ / right side", "(iii) α₀² / right side")
-        rows += [compare(name, float(r), ">=", 1.0) for name, r in zip(names, ball.ratios[i], strict=True)]
+        rows += [compare(name, float(r), ">=", 1.0) for name, r in zip(names, at.ratios, strict=True)]
     else:
         rows.append(compare("(i) is satisfied by some radii", False, "is", True))
-    rows.append(assumed("full-batch gradient descent in exact arithmetic, no biases"))
-    quantities = {"alpha_0": alpha_0, "R_0": float(s.R_0), "necessary": necessary}
-    if found:
-        rate = step * alpha_0**2 / 8
-        quantities |= {"max_step": step, "rate": rate, "radii": ball.C[i].tolist()}
+    rows.append(assumed(_DESCENT))
+    quantities = {"alpha_0": alpha_0, "R_0": float(s.R_0)}
+    if math.isfinite(necessary):
+        quantities["necessary"] = necessary
     broken = [a.name.split(" ")[0] for a in rows if not a.holds]
+    if found and not broken:
+        quantities |= {"max_step": step, "rate": step * alpha_0**2 / 8, "radii": at.C.tolist()}
     reason = f"condition {', '.join(broken)} fails" if found else "no_radii: no C satisfies condition (i)"
     return Certificate("Theorem P", not broken, tuple(rows), quantities, "" if not broken else reason)
 
 
-def necessary_condition(s: Spectra, N: int) -> Tensor:
-    """``1 / (16 N w_L^2 sum_{l<L} w_l^-2)``: below 1, no radii satisfy Theorem P (infinite for ``W_L = 0``).
-
-    Derived in lesson 1 from ``alpha_0^2 <= ||F_{L-1}||_F^2 / N`` and condition (iii).
-    """
-    return 1 / (16 * N * s.w[..., -1] ** 2 * (s.w[..., :-1] ** -2).sum(-1))
+# --- Training ---------------------------------------------------------------------------------------------------------
 
 
-# --- how much is needed ---------------------------------------------------------------------------------------------
-
-
-def _bisect(feasible: Callable[[Tensor], Tensor], like: Tensor, low: float, high: float, tol: float = 1e-5) -> Tensor:
-    """The switching point, on a log scale, of a predicate that is false below and true above; inf if never true."""
-    lo, hi = torch.full_like(like, math.log(low)), torch.full_like(like, math.log(high))
-    possible = feasible(hi.exp())
-    for _ in range(100):
-        mid = (lo + hi) / 2
-        good = feasible(mid.exp())
-        lo, hi = torch.where(good, lo, mid), torch.where(good, mid, hi)
-        if float((hi - lo).max()) < tol:
-            break
-    return torch.where(possible, hi.exp(), torch.full_like(like, math.inf))
-
-
-def smallest_beta(s: Spectra, *, theorem: str = "C", epsilon: float = 0.25, tol: float = 1e-4) -> Tensor:
-    """The smallest factor beta of ``W_{L-1}`` at which Theorem C (or P) holds, for ``W_L = 0``.
-
-    Feasibility is monotone in beta then (lesson 1, fact 5), so that bisection is enough.
-
-    Args:
-        s: spectra of networks with ``W_L = 0``, any batch shape.
-        theorem: ``"C"`` or ``"P"``.
-        epsilon: as in `certify`.
-        tol: relative accuracy; the iteration slows down like ``tol^-1/2`` near the edge.
-
-    Returns:
-        beta, the batch shape, from above (the theorem holds there).
-
-    Raises:
-        ValueError: some ``W_L`` is not zero, or the theorem is unknown.
-    """
-    if bool((s.w[..., -1] != 0).any()):
-        raise ValueError(f"W_L has norm {float(s.w[..., -1].max()):.3g}; the smallest beta needs W_L = 0")
-    holds = _theorem(theorem, epsilon)
-    return _bisect(lambda beta: holds(s.scaled(beta)), s.alpha_0, 1e-6, 1e12, tol)
-
-
-def _theorem(theorem: str, epsilon: float) -> Callable[[Spectra], Tensor]:
-    if theorem == "C":
-        return lambda s: ball_fixed_point(s, epsilon=epsilon).feasible
-    if theorem == "P":
-        return lambda s: paper_fixed_point(s).feasible
-    raise ValueError(f"theorem is {theorem!r}; 'C' or 'P' is needed")
-
-
-def largest_residual(s: Spectra, *, epsilon: float = 0.25) -> float:
-    """The largest ``R_0``, to 0.1 %, at which Theorem C holds with all else unchanged (0 under interference)."""
-    if float(ball_map(s, torch.zeros_like(s.w), epsilon).rho) <= 0:
-        return 0.0
-
-    def fits(shrink: Tensor) -> Tensor:
-        return ball_fixed_point(replace(s, R_0=s.R_0 / shrink), epsilon=epsilon).feasible
-
-    return float(s.R_0 / _bisect(fits, s.R_0, 1e-6, 1e15, tol=1e-3))
-
-
-def two_layer_threshold(epsilon: float = 0.25, mode: str = "gd") -> float:
-    """Corollary D: for L = 2 and ``W_2 = 0`` Theorem C holds iff ``alpha_0^2 >= threshold * ||X||_2 ||Y||_F``.
-
-    ``1 / threshold = max_delta sqrt(delta (1-delta)) (a - b delta)``, ``a = 1 - epsilon``, ``b = 2 - epsilon``; for
-    gradient flow the threshold is ``sqrt(256/27)``.
-
-    Args:
-        epsilon: the share of the rate given to the step, in (0, 1).
-        mode: ``"gd"`` or ``"flow"``.
-
-    Returns:
-        The threshold: 5.6905 at epsilon = 1/4, 3.0792 for the flow.
-    """
-    _check_choices(epsilon, mode, "telescope")
-    if mode == "flow":
-        return math.sqrt(256 / 27)
-    a, b = 1 - epsilon, 2 - epsilon
-    delta = (3 * b + 2 * a - math.sqrt((3 * b + 2 * a) ** 2 - 16 * a * b)) / (8 * b)
-    return 1 / (math.sqrt(delta * (1 - delta)) * (a - b * delta))
-
-
-def proxy_spectra(
-    X: Float[Tensor, "N d"],
-    Y: Float[Tensor, "N K"],
-    lower: Sequence[Tensor],
-    n: Tensor | float,
-    *,
-    scale: float = 1.0,
-    last: str = "zero",
-) -> Spectra:
-    """The spectra of a network whose last hidden layer has n neurons, with random-matrix limits in place of draws.
-
-    ``alpha_0 = scale sqrt(n lambda_min(K))``, ``phi = scale sqrt(n lambda_max(K))``, ``w = scale (sqrt(n) + sqrt(m))``
-    for an m x n Gaussian matrix with standard deviation scale, K the ReLU kernel of the features below.  A proxy: a
-    drawn network needs somewhat more (lesson 1 measures how much).
-
-    Args:
-        X: inputs, shape (N, d).
-        Y: targets, shape (N, K).
-        lower: the layers below the wide one, each (n_in, n_out); empty for L = 2.
-        n: widths, any batch shape.
-        scale: standard deviation of the entries of ``W_{L-1}``.
-        last: ``"zero"`` for ``W_L = 0``, ``"lecun"`` for entries of variance 1/n.
-
-    Returns:
-        The `Spectra` with the batch shape of n.
-    """
-    return _proxy(X, Y, lower, scale, last)(torch.as_tensor(n, dtype=X.dtype, device=X.device))
-
-
-def _proxy(X: Tensor, Y: Tensor, lower: Sequence[Tensor], scale: float, last: str) -> Callable[[Tensor], Spectra]:
-    """`proxy_spectra` as a function of n alone: the kernel is built once."""
-    if last not in ("zero", "lecun"):
-        raise ValueError(f"last is {last!r}; 'zero' or 'lecun' is needed")
-    top = X.new_zeros(lower[-1].shape[-1] if len(lower) else X.shape[1], 1)
-    below = [f.reshape(f.shape[-2:]) for f in networks.features([*lower, top], X)]
-    values = torch.linalg.eigvalsh(kernels.relu_kernel(below[-1]))
-    small, large, trace = values[0].clamp_min(0), values[-1], values.sum()
-    fixed_w = [_largest_singular_value(W) for W in lower]
-    fixed_phi = [_largest_singular_value(f) for f in below]
-    energy = (Y**2).sum() + (Y.shape[1] * scale**2 * trace if last == "lecun" else 0)
-    X_F = torch.linalg.matrix_norm(X)
-
-    def of(n: Tensor) -> Spectra:
-        w = [v.expand(n.shape) for v in fixed_w] + [scale * (n.sqrt() + math.sqrt(below[-1].shape[1]))]
-        w.append(1 + (Y.shape[1] / n).sqrt() if last == "lecun" else torch.zeros_like(n))
-        phi = [v.expand(n.shape) for v in fixed_phi] + [scale * (n * large).sqrt()]
-        alpha_0 = scale * (n * small).sqrt()
-        return Spectra(
-            torch.stack(w, -1), torch.stack(phi, -1), alpha_0, energy.sqrt().expand(n.shape), X_F.expand(n.shape)
-        )
-
-    return of
-
-
-def proxy_width(
-    X: Float[Tensor, "N d"],
-    Y: Float[Tensor, "N K"],
-    *,
-    theorem: str = "C",
-    lower: Sequence[Tensor] = (),
-    scale: float = 1.0,
-    last: str = "zero",
-    epsilon: float = 0.25,
-    radius: float | None = None,
-) -> float:
-    """The width at which Theorem C (or P) starts to hold for `proxy_spectra`; infinite if it never does.
-
-    Args:
-        X: inputs, shape (N, d).
-        Y: targets, shape (N, K).
-        theorem: ``"C"`` or ``"P"``.
-        lower: the layers below the wide one.
-        scale: standard deviation of the entries of the wide layer's matrix.
-        last: ``"zero"`` or ``"lecun"``.
-        epsilon: as in `certify`.
-        radius: for Theorem P, the common value of all C_l; the optimal radii when omitted.
-
-    Returns:
-        The width as a real number; drawn networks need somewhat more (lesson 1 prints how much).
-    """
-    holds = _theorem(theorem, epsilon)
-    if radius is not None:
-
-        def holds(s: Spectra) -> Tensor:
-            return paper_map(s, torch.full_like(s.w, radius)).feasible
-
-    family = _proxy(X, Y, lower, scale, last)
-    return float(_bisect(lambda n: holds(family(n)), X.new_ones(()), float(X.shape[0]), 1e40))
-
-
-def chernoff_width(X: Float[Tensor, "N d"], Y: Float[Tensor, "N K"], p: float = 0.01) -> float:
-    """Corollary E: a width at which Corollary D covers a draw of ``W_1 ~ N(0, 1)`` with probability at least 1 - p.
-
-    ``n >= max(24 R_t log(N/p), 12 s ||Y||_F) / lambda_*`` with ``s = ||X||_2``, ``R_t = (sqrt(N/2) + t)^2`` and the
-    least t with ``exp(-t^2 / 2 s^2) (R_t + 2 s^2 + 2 sqrt(N/2) s^2 / t) <= lambda_* / 4``.
-
-    Args:
-        X: inputs with unit rows, shape (N, d).
-        Y: targets, shape (N, K).
-        p: the allowed probability of failure, in (0, 1).
-
-    Returns:
-        The width.
-
-    Raises:
-        ValueError: rows of X that are not of unit norm, p outside (0, 1).
-    """
-    if not 0 < p < 1:
-        raise ValueError(f"p is {p}; a probability strictly between 0 and 1 is needed")
-    norms = torch.linalg.vector_norm(X, dim=1)
-    if not bool(((norms - 1).abs() < 1e-9).all()):
-        raise ValueError(
-            f"X has row norms from {float(norms.min()):.3g} to {float(norms.max()):.3g}; unit rows are needed"
-        )
-    N = X.shape[0]
-    smallest = float(torch.linalg.eigvalsh(kernels.relu_kernel(X))[0])
-    s = float(_largest_singular_value(X))
-    half = math.sqrt(N / 2)
-
-    def tail(t: Tensor) -> Tensor:
-        left = torch.exp(-(t**2) / (2 * s**2)) * ((half + t) ** 2 + 2 * s**2 + 2 * half * s**2 / t)
-        return left <= smallest / 4
-
-    t = float(_bisect(tail, torch.ones((), dtype=torch.float64), 1e-3, 1e6))
-    truncation = (half + t) ** 2
-    return max(24 * truncation * math.log(N / p), 12 * s * float(torch.linalg.matrix_norm(Y))) / smallest
-
-
-def hermite_lower_bound(X: Float[Tensor, "N d"], r_max: int) -> Float[Tensor, " R"]:
-    """``lambda_min(sum_{r <= R} mu_r^2 (X X^T)^{o r})`` for R = 0..r_max: lower bounds on ``lambda_* = lambda_min(K)``.
-
-    Args:
-        X: inputs with unit rows, shape (N, d).
-        r_max: the last power.
-
-    Returns:
-        The r_max + 1 bounds, nondecreasing (each added term is positive semidefinite).
-    """
-    mu = kernels.relu_hermite(r_max).to(X)
-    cosines = (X @ X.mT).clamp(-1, 1)
-    total, power, bounds = torch.zeros_like(cosines), torch.ones_like(cosines), []
-    for r in range(r_max + 1):
-        total, power = total + mu[r] * power, power * cosines
-        bounds.append(torch.linalg.eigvalsh(total)[0])
-    return torch.stack(bounds)
-
-
-# --- training ---------------------------------------------------------------------------------------------------------
-
-
+@checked
 def train(
     X: Float[Tensor, "N d"],
     Y: Float[Tensor, "N K"],
@@ -860,7 +436,7 @@ def train(
     Args:
         X: inputs, shape (N, d).
         Y: targets, shape (N, K).
-        weights: initial weights, L tensors of shape (S, n_in, n_out) or (n_in, n_out).
+        weights: initial weights, L >= 2 tensors of shape (S, n_in, n_out) or (n_in, n_out).
         step: the step size eta for the loss ``0.5 * ||F_{L-1} W_L - Y||_F^2``, one number or one for each network.
         steps: how many steps.
         certificate: what `certify` said about these weights; computed here when omitted (float64 only).
@@ -871,35 +447,53 @@ def train(
         ``||W_l - W_l^0||_F``, and ``drift`` (T, S), ``||F_{L-1} - F_{L-1}^0||_F``.
 
     Warns:
-        UserWarning: the certificate holds, but only for smaller steps.
+        UserWarning: the certificate of a network holds, but only for smaller steps.
 
     Raises:
-        ValueError, TypeError: as `descent.train`.
+        ValueError, TypeError: as `descent.train`; a certificate of other weights or data.
+
+    Source: Theorem C, derived in lesson 1.
     """
-    data.check(X, Y, geometry=False)
-    networks.check_weights(weights, X, Y)
-    start = [W.clone() for W in networks.as_ensemble(weights)]
-    if certificate is None and X.dtype == torch.float64 and len(start) > 1:
+    start = [W.clone() for W in _network(X, Y, weights)]
+    F, R = finite_features(X, Y, start)
+    F_0 = F[-1]
+    if certificate is None and X.dtype == torch.float64:
         certificate = certify(X, Y, start)
-    largest = float(torch.as_tensor(step, dtype=torch.float64).max())
-    if certificate is not None and certificate.holds and largest > certificate.quantities["max_step"]:
-        bound = certificate.quantities["max_step"]
-        warnings.warn(
-            f"step is {largest:.3g}; Theorem C allows at most {bound:.3g}, so this run is not covered",
-            stacklevel=2,
-        )
-    F_0 = networks.features(start, X)[-1]
-    N, width = F_0.shape[-2:]
+    if certificate is not None:
+        _check_covered(certificate, step, rigor.norm(R.flatten(-2)), singular_ends(F_0)[0])
 
     def sigma_min(state: descent.State) -> Tensor:
-        F = networks.features(state.weights, X)[-1]
-        return torch.linalg.svdvals(F)[:, N - 1] if width >= N else F.new_zeros(len(F))
+        return singular_ends(networks.features(state.weights, X)[-1])[0]
 
     def moves(state: descent.State) -> Tensor:
-        return torch.stack([torch.linalg.matrix_norm(W - V) for W, V in zip(state.weights, start, strict=True)], -1)
+        return torch.stack([rigor.norm((W - V).flatten(-2)) for W, V in zip(state.weights, start, strict=True)], -1)
 
     def drift(state: descent.State) -> Tensor:
-        return torch.linalg.matrix_norm(networks.features(state.weights, X)[-1] - F_0)
+        return rigor.norm((networks.features(state.weights, X)[-1] - F_0).flatten(-2))
 
-    observe = {"sigma_min": sigma_min, "moves": moves, "drift": drift} | options.pop("observe", {})
+    observe = {"sigma_min": sigma_min, "moves": moves, "drift": drift} | (options.pop("observe", None) or {})
     return descent.train(weights, X, Y, step, steps, observe=observe, **options)
+
+
+def _check_covered(certificate: Certificate, step: float | Tensor, R_0: Tensor, alpha_0: Tensor) -> None:
+    """Refuse a certificate of another network; warn of steps that a network's own certificate does not allow."""
+    members = certificate.members or (certificate,)
+    if not any(m.holds and "rho" in m.quantities for m in members):
+        return  # nothing is promised
+    if len(members) != len(R_0):
+        raise ValueError(f"certificate is of {len(members)} networks, weights hold {len(R_0)}; the same are needed")
+    beyond = []
+    for member, eta, residual, smallest in zip(
+        members, _steps(step, len(members)), R_0.tolist(), alpha_0.tolist(), strict=True
+    ):
+        q = member.quantities
+        if member.holds and (residual > q["R_0"] * (1 + 1e-6) or smallest < q["alpha_0"] * (1 - 1e-6)):
+            found = f"R₀ ≤ {q['R_0']:.3g} and α₀ ≥ {q['alpha_0']:.3g}, here they are {residual:.3g} and {smallest:.3g}"
+            raise ValueError(f"certificate says {found}; one of these weights and data is needed")
+        if member.holds and eta > q["max_step"]:
+            beyond.append((eta, q["max_step"]))
+    if beyond:
+        warnings.warn(
+            f"step is {beyond[0][0]:.3g}; Theorem C allows at most {beyond[0][1]:.3g}, so this run is not covered",
+            stacklevel=4,
+        )

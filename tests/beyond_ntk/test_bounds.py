@@ -6,13 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from making import seeded
 
 from companion.beyond_ntk import bounds as rb
 from companion.beyond_ntk import last_layer as ll
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
+from companion.beyond_ntk import phase2
 
 
 def problem(N=12, m=20, K=3, loss="squared", seed=0):
@@ -28,7 +26,7 @@ def problem(N=12, m=20, K=3, loss="squared", seed=0):
 def test_gd_follows_the_exact_curve(shape):
     M, V0, Y = problem(*shape)
     step = len(M) / float(torch.linalg.matrix_norm(M, 2)) ** 2
-    run = ll.phase2_gd(M, V0, Y, step=step * (1 - 1e-9), steps=400, centred=False)
+    run = phase2.phase2_gd(M, V0, Y, step=step * (1 - 1e-9), steps=400, centred=False)
     curve = rb.exact_curve(M, V0, Y, run.steps, step=run.step)
     seen = run.losses >= 1e-12 * run.losses[0]
     assert float((run.losses / curve - 1)[seen].abs().max()) < 1e-8
@@ -40,7 +38,7 @@ def test_gd_follows_the_exact_curve(shape):
 def test_runs_stay_below_their_bound(seed, loss, method):
     M, V0, Y = problem(10, 6 + seed % 9, loss=loss, seed=seed)
     frame = ll.centre(M)
-    run = {"gd": ll.phase2_gd, "nesterov": ll.phase2_nesterov}[method](M, V0, Y, loss=loss, steps=60)
+    run = {"gd": phase2.phase2_gd, "nesterov": phase2.phase2_nesterov}[method](M, V0, Y, loss=loss, steps=60)
     bound = rb.comparator_bound(frame.features(M), frame.to(V0), Y, run.steps, loss=loss, step=run.step, method=method)
     assert bool((run.losses <= bound * (1 + 1e-9) + 1e-15).all())
     assert float(bound[-1]) < float(bound[0])  # the bound says something
@@ -60,8 +58,10 @@ def test_comparators_are_optimal_among_themselves():
 
 def test_further_comparators_only_sharpen_the_bound():
     M, V0, labels = problem(10, 6, loss="cross_entropy")
-    run = ll.phase2_gd(M, V0, labels, loss="cross_entropy", steps=200, centred=False)
-    better = [ll.phase2_lbfgs(M, V0, labels, loss="cross_entropy", ridge=r, steps=100).V for r in (1e-1, 1e-2, 1e-3)]
+    run = phase2.phase2_gd(M, V0, labels, loss="cross_entropy", steps=200, centred=False)
+    better = [
+        phase2.phase2_lbfgs(M, V0, labels, loss="cross_entropy", ridge=r, steps=100).V for r in (1e-1, 1e-2, 1e-3)
+    ]
     plain, sharp = (
         rb.comparator_bound(M, V0, labels, run.steps, loss="cross_entropy", step=run.step, comparators=c)
         for c in ((), better)
@@ -87,7 +87,7 @@ def test_linear_rate_holds_and_is_attained_at_the_slowest_direction():
 def test_cross_entropy_corollary_holds():
     M, V0, labels = problem(6, 12, loss="cross_entropy")
     sigma_N = float(torch.linalg.svdvals(M)[5])
-    run = ll.phase2_gd(M, V0, labels, loss="cross_entropy", steps=2000, every=50, centred=False)
+    run = phase2.phase2_gd(M, V0, labels, loss="cross_entropy", steps=2000, every=50, centred=False)
     bound = rb.cross_entropy_bound(
         sigma_N, 6, 3, run.steps[1:], step=run.step, V0_norm=float(torch.linalg.matrix_norm(V0))
     )
@@ -101,7 +101,7 @@ def test_kaczmarz_contracts_on_average():
     best, bound = rb.kaczmarz_bound(M, V0, Y, t)
     torch.testing.assert_close(M @ best, Y)
     for k, limit in zip(t, bound, strict=True):
-        runs = ll.single_sample_sgd(M, V0, Y, steps=k, S=400, generator=seeded(k))
+        runs = phase2.single_sample_sgd(M, V0, Y, steps=k, S=400, generator=seeded(k))
         error = (runs.V - best).square().sum((1, 2))
         assert float(error.mean()) <= float(limit) * 1.0001 + 3 * float(error.std()) / 20
     with pytest.raises(ValueError, match="consistent"):
@@ -112,7 +112,7 @@ def test_sgd_average_stays_below_its_bound():
     M, V0, labels = problem(10, 6, loss="cross_entropy")
     step = 0.2 / float(M.square().sum(1).max())
     for T in (10, 300):
-        runs = ll.single_sample_sgd(
+        runs = phase2.single_sample_sgd(
             M, V0, labels, loss="cross_entropy", step=step, steps=T, S=50, generator=seeded(T), every=T
         )
         mean = float(ll.average_loss(M, runs.average, labels, "cross_entropy").mean())
@@ -139,7 +139,7 @@ def test_ridge_gap_bounds_the_true_gap():
     def P(V):
         return float(ll.average_loss(M, V, labels, "cross_entropy") + 0.5 * ridge * V.square().sum())
 
-    best = ll.phase2_lbfgs(M, V0, labels, loss="cross_entropy", ridge=ridge, steps=500).V
+    best = phase2.phase2_lbfgs(M, V0, labels, loss="cross_entropy", ridge=ridge, steps=500).V
     gap = rb.ridge_gap(M, V0, labels, ridge).gradient
     assert 0 < P(V0) - P(best) <= gap
     assert rb.ridge_gap(M, best, labels, ridge).gradient < 1e-13

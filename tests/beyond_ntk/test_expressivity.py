@@ -10,17 +10,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from making import gaussian
 from torch import nn
 
 from companion import data, networks
 from companion import rigor as verified
 from companion.beyond_ntk import expressivity, vision
-from companion.beyond_ntk.expressivity import certify_expressivity, equal_inputs, head, separation
+from companion.beyond_ntk.expressivity import certify_expressivity, separation
+from companion.networks.reading import head
 from companion.rigor import modules as enclosures
-
-
-def gaussian(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def softplus():
@@ -140,10 +138,10 @@ def test_the_seed_does_not_matter():
 
 def test_equal_inputs():
     X = torch.tensor([[1.0, 0.0], [2.0, 1.0], [1.0, -0.0], [2.0, 1.0 + 2.0**-52]], dtype=torch.float64)
-    groups = equal_inputs(X)
+    groups = data.equal_inputs(X)
     assert groups[0] == groups[2]
     assert len(groups.unique()) == 3
-    assert equal_inputs(X.reshape(4, 1, 2, 1)).tolist() == groups.tolist()
+    assert data.equal_inputs(X.reshape(4, 1, 2, 1)).tolist() == groups.tolist()
 
 
 @pytest.mark.parametrize(

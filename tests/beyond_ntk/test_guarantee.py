@@ -4,18 +4,14 @@ import math
 
 import pytest
 import torch
+from making import seeded
 from torch import nn
 
 from companion import beyond_ntk as by
 from companion import data, networks
 from companion import rigor as verified
-from companion.beyond_ntk import expressivity, vision
-from companion.beyond_ntk import gap_and_rate as loss_gap
+from companion.beyond_ntk import certificates, expressivity, vision
 from companion.beyond_ntk import recipe as two_phase
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def gaussian(N, d, seed):
@@ -25,13 +21,13 @@ def gaussian(N, d, seed):
 def test_names():
     assert by.two_phase is two_phase.two_phase
     assert by.certify_expressivity is expressivity.certify_expressivity
-    assert by.certify_gap is loss_gap.certify_gap
-    assert by.certify_rate is loss_gap.certify_rate
+    assert by.certify_gap is certificates.certify_gap
+    assert by.certify_rate is certificates.certify_rate
     assert sorted(by.__all__) == by.__all__
     assert all(callable(getattr(by, name)) for name in by.__all__)
 
 
-# --- separation is expressivity (width threshold)
+# --- separation is expressivity (width threshold) ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("activation", [networks.Softplus, nn.Tanh])
@@ -90,7 +86,7 @@ def test_copies_are_named():
     assert "4, 17" in certificate.reason
 
 
-# --- the loss bounds the gap
+# --- the loss bounds the gap ------------------------------------------------------------------------------------------
 
 
 def digits(N=40):
@@ -144,14 +140,14 @@ def test_copies_have_a_floor_and_least_squares_reaches_it():
         run = by.two_phase(
             model, model.last, X, Y, sgd, 3, loss="squared", noise=1e-2, phase2="least_squares", generator=seeded(2)
         )
-    floor = by.duplicate_floor(by.equal_inputs(X), Y)
+    floor = by.duplicate_floor(data.equal_inputs(X), Y)
     assert floor == pytest.approx(0.5 / 40)
     assert run.loss == pytest.approx(floor, rel=1e-8)
     gap = by.certify_gap(model, X, Y)
     assert gap.quantities["floor"] == pytest.approx(floor)
 
 
-# --- noise
+# --- noise ------------------------------------------------------------------------------------------------------------
 
 
 def test_noise_on_the_wide_layer_gives_rank_over_frozen_relu_layers():
@@ -161,12 +157,12 @@ def test_noise_on_the_wide_layer_gives_rank_over_frozen_relu_layers():
     vision.initialize(model, seeded(4))
     with torch.no_grad():
         model[2].weight.zero_(), model[2].bias.zero_()  # no rank at all
-    by.relative_noise(model[2].parameters(), 0.0, 0.3, generator=seeded(5))
+    two_phase.relative_noise(model[2].parameters(), 0.0, 0.3, generator=seeded(5))
     M = by.with_constant(by.last_layer_features(model, model[4], X))
     assert verified.sigma_min_lower(M) > 0
 
 
-# --- phase 2
+# --- phase 2 ----------------------------------------------------------------------------------------------------------
 
 
 def test_rates_cover_phase_two_of_the_recipe():

@@ -4,15 +4,12 @@ import math
 
 import pytest
 import torch
+from making import seeded
 from torch import nn
 
 from companion.beyond_ntk import last_layer, vision
 from companion.beyond_ntk import recipe as two_phase
 from companion.beyond_ntk.recipe import relative_noise
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def images(N=40, K=3, dtype=torch.float32):
@@ -43,7 +40,7 @@ def run(model, tau=2, X=None, y=None, optimizer=sgd, seed=7, **options):
     )
 
 
-# --- phase 1 is the plain algorithm
+# --- phase 1 is the plain algorithm -----------------------------------------------------------------------------------
 
 
 def test_without_phase_two_it_is_the_plain_run():
@@ -111,7 +108,7 @@ def test_squared_loss_with_targets():
     assert result.M.shape == (40, 46)
 
 
-# --- phase 2 freezes what it must
+# --- phase 2 freezes what it must -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", list(two_phase.METHODS))
@@ -204,7 +201,7 @@ def test_no_bias_no_constant_column():
     assert result.loss < result.noisy
 
 
-# --- features
+# --- features ---------------------------------------------------------------------------------------------------------
 
 
 def test_features_are_the_inputs_of_the_last_layer_in_eval_mode():
@@ -248,7 +245,7 @@ def test_exploded_features_are_named():
         two_phase.last_layer_features(model, model.last, images()[0])
 
 
-# --- noise
+# --- noise ------------------------------------------------------------------------------------------------------------
 
 
 def test_noise_has_the_size_of_the_root_mean_square():
@@ -283,7 +280,7 @@ def test_wide_layer_is_found_or_named():
     assert len(everything) == len(list(model.parameters())) - 2
 
 
-# --- recording
+# --- recording --------------------------------------------------------------------------------------------------------
 
 
 def test_observables_and_snapshots():
@@ -305,7 +302,7 @@ def test_scheduler_steps_after_every_epoch():
     assert rule.param_groups[0]["lr"] == pytest.approx(0.05 / 8)
 
 
-# --- resuming
+# --- resuming ---------------------------------------------------------------------------------------------------------
 
 
 class Stop(Exception):
@@ -389,7 +386,7 @@ def test_an_interrupt_saves_first(tmp_path):
     assert torch.equal(model.wide.weight, whole.wide.weight)
 
 
-# --- bad input
+# --- bad input --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,11 @@ import math
 import mpmath
 import pytest
 import torch
+from making import seeded
 from torch import nn
 
 from companion import networks
 from companion.beyond_ntk import vision
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def test_softplus_is_the_function_of_the_theorems():

@@ -6,53 +6,26 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from making import layer_jacobian, sphere_example, wide_layer
 
 from companion import data, descent
 from companion import minimum_norm as mn
 from companion.minimum_norm import first_layer
-
-
-def example():
-    g = torch.Generator().manual_seed(1000)
-    X = torch.randn(20, 10, generator=g, dtype=torch.float64)
-    X /= torch.linalg.vector_norm(X, dim=1, keepdim=True)
-    b = torch.randn(10, generator=g, dtype=torch.float64)
-    y = (X @ (b / torch.linalg.vector_norm(b))) ** 2
-    return X, (y - y.mean()) / y.std()
-
-
-def small(seed, N=4, d=3, m=64, kappa=1.0, S=1, antisymmetric=True, kinks=0):
-    """A random small problem; the first `kinks` neurons start almost at a kink of some input."""
-    g = torch.Generator().manual_seed(seed)
-    X = data.sphere(N, d, g) * (0.5 + torch.rand(N, 1, generator=g, dtype=torch.float64))
-    y = torch.randn(N, generator=g, dtype=torch.float64)
-    W0, signs = mn.initialize(d, m, kappa=kappa, S=S, antisymmetric=antisymmetric, generator=g)
-    for r in range(kinks):
-        x = X[r % N]
-        W0[:, :, r] -= (W0[:, :, r] @ x)[:, None] / (x @ x) * x * (1 - 1e-3)
-    return X, y, W0, signs
-
-
-def jacobian(X, W, signs):
-    """J of one network, ``(N, d m)``."""
-    J = (X @ W > 0)[:, None, :] * signs * X[:, :, None] / math.sqrt(W.shape[1])
-    return J.reshape(len(X), -1)
-
 
 # --- the minimum-norm solution ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("antisymmetric", [True, False])
 def test_solve_is_the_pseudoinverse_and_split_is_the_projection(antisymmetric):
-    X, y = example()
+    X, y = sphere_example()
     W0, signs = mn.initialize(10, 50, S=2, antisymmetric=antisymmetric)
     sol = mn.solve(X, y, W0, signs)
     W = W0 + torch.randn(W0.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     parallel, perp = sol.split(W)
     for s in range(2):
-        J = jacobian(X, W0[s], signs[s])
+        J = layer_jacobian(X, W0[s], signs[s])
         f0 = (torch.relu(X @ W0[s]) @ signs[s]) / math.sqrt(50)
         inverse = torch.linalg.pinv(J)
         move = inverse @ (y - f0)
@@ -65,19 +38,19 @@ def test_solve_is_the_pseudoinverse_and_split_is_the_projection(antisymmetric):
 
 
 def test_linear_descent_stays_in_the_row_space_and_ends_at_the_solution():
-    X, y = example()
+    X, y = sphere_example()
     W0, signs = mn.initialize(10, 512)
     sol, step = mn.solve(X, y, W0, signs), mn.safe_step(X)
-    W, e = mn.linear_gd(sol, step, 3)
-    J = jacobian(X, W0[0], signs[0])
-    w, w0 = W0[0].reshape(-1).clone(), W0[0].reshape(-1)
-    for _ in range(3):
-        w = w + step * J.T @ (y - J @ w)
-    torch.testing.assert_close(W[0].reshape(-1) - w0, w - w0, atol=1e-12, rtol=0)
-    torch.testing.assert_close(e[0], y - J @ w, atol=1e-12, rtol=0)
-    for k in (0, 10, 1000):
-        assert float(sol.split(mn.linear_gd(sol, step, k)[0])[1]) < 1e-18
-    assert float(sol.split(mn.linear_gd(sol, step, 20_000)[0])[0]) < 1e-18
+    J = layer_jacobian(X, W0[0], signs[0])
+    values, U = torch.linalg.eigh(J @ J.T)
+    for k in (1, 10, 1000, 20_000):  # w_k = w_0 + J_0^T sum_{l<k} eta (I - eta G_0)^l e_0, with f_0 = 0
+        moved = U @ ((U.T @ y) * (1 - (1 - step * values) ** k) / values)
+        parallel, perp = sol.split(W0 + (J.T @ moved).reshape(W0.shape))
+        assert float(perp) < 1e-18
+        residual = U @ ((U.T @ y) * (1 - step * values) ** k)
+        assert float(parallel) == pytest.approx(
+            float(residual @ torch.linalg.solve(J @ J.T, residual)), rel=1e-9, abs=1e-18
+        )
 
 
 # --- the Lyapunov identity --------------------------------------------------------------------------------------------
@@ -85,7 +58,7 @@ def test_linear_descent_stays_in_the_row_space_and_ends_at_the_solution():
 
 @given(seed=st.integers(0, 10_000), eta=st.floats(1e-3, 3.0), move=st.floats(0, 3), kinks=st.integers(0, 6))
 def test_the_lyapunov_identity_and_its_inequalities(seed, eta, move, kinks):
-    X, y, W0, signs = small(seed, m=24, antisymmetric=bool(seed % 2), kinks=kinks, S=2)
+    X, y, W0, signs = wide_layer(seed, m=24, antisymmetric=bool(seed % 2), kinks=kinks, S=2)
     assume(float(torch.linalg.eigvalsh(first_layer.empirical_gram(X, W0))[:, 0].min()) > 1e-3)
     sol = mn.solve(X, y, W0, signs)
     W = W0 + move * torch.randn(W0.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -108,10 +81,10 @@ def test_the_lyapunov_identity_and_its_inequalities(seed, eta, move, kinks):
 
 
 def test_the_terms_by_autograd_free_matrices():
-    X, y, W0, signs = small(5, m=20, kinks=3)
+    X, y, W0, signs = wide_layer(5, m=20, kinks=3)
     sol, W = mn.solve(X, y, W0, signs), W0 + 0.5
     terms = mn.lyapunov_terms(sol, W, 0.1)
-    J0, J = jacobian(X, W0[0], signs[0]), jacobian(X, W[0], signs[0])
+    J0, J = layer_jacobian(X, W0[0], signs[0]), layer_jacobian(X, W[0], signs[0])
     e = y - J @ W[0].reshape(-1)
     assert float(terms.e) == pytest.approx(float(e.norm()))
     assert float(terms.b) == pytest.approx(float(((J0 - J) @ sol.W[0].reshape(-1)).norm()))
@@ -172,7 +145,7 @@ def test_the_lyapunov_identity_is_exact_in_fractions_also_when_gates_flip():
 
 
 def test_training_is_plain_gradient_descent_and_records_the_split():
-    X, y = example()
+    X, y = sphere_example()
     W0, signs = mn.initialize(10, 128, S=3)
     untouched = W0.clone()
     run = mn.train(X, y, W0, signs, 0.2, 40, every=8)
@@ -192,7 +165,7 @@ def test_training_is_plain_gradient_descent_and_records_the_split():
 
 
 def test_each_network_may_have_its_own_targets_and_step():
-    X, y = example()
+    X, y = sphere_example()
     W0, signs = mn.initialize(10, 64, S=2)
     targets, steps = torch.stack([y, -2 * y]), torch.tensor([0.1, 0.2], dtype=torch.float64)
     both = mn.train(X, targets, W0, signs, steps, 20)
@@ -203,7 +176,7 @@ def test_each_network_may_have_its_own_targets_and_step():
 
 
 def test_float32_trains_without_the_decomposition_and_a_killed_run_resumes(tmp_path):
-    X, y = example()
+    X, y = sphere_example()
     W0, signs = mn.initialize(10, 64)
     run = mn.train(X.float(), y.float(), W0.float(), signs.float(), 0.2, 30, decompose=False)
     assert run.weights[0].dtype == torch.float32
@@ -228,7 +201,7 @@ def test_float32_trains_without_the_decomposition_and_a_killed_run_resumes(tmp_p
 
 
 def test_a_large_step_warns_and_still_reaches_zero_loss_far_from_the_solution():
-    X, y = example()
+    X, y = sphere_example()
     W0, signs = mn.initialize(10, 4096, antisymmetric=False)
     sol = mn.solve(X, y, W0, signs)
     top = float(torch.linalg.eigvalsh(sol.gram)[0, -1])
@@ -242,132 +215,12 @@ def test_a_large_step_warns_and_still_reaches_zero_loss_far_from_the_solution():
 
 
 def test_mirrored_pairs_start_at_zero():
-    X, _ = example()
+    X, _ = sphere_example()
     W0, signs = mn.initialize(10, 200, S=2, kappa=3.0)
     assert float(first_layer.forward(X, W0, signs).abs().max()) < 1e-13
     W, a = mn.initialize(10, 4000, antisymmetric=False, kappa=3.0)
     assert float(W.std()) == pytest.approx(3, rel=0.02)
     assert abs(float(a.mean())) < 0.06
-
-
-# --- the certificates -------------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=40)
-@given(
-    seed=st.integers(0, 10_000),
-    kappa=st.sampled_from([30.0, 100.0, 1000.0]),
-    reference=st.sampled_from(["gate", "midpoint"]),
-    kinks=st.integers(0, 4),
-    antisymmetric=st.booleans(),
-)
-def test_everything_that_a_certificate_says_happens(seed, kappa, reference, kinks, antisymmetric):
-    X, y, W0, signs = small(seed, kappa=kappa, kinks=kinks, antisymmetric=antisymmetric)
-    step = mn.safe_step(X)
-    y = y if antisymmetric else y + first_layer.forward(X, W0, signs)[0]
-    c = mn.certify(X, y, W0, signs, step=step, reference=reference)
-    if not c.holds:
-        assert c.reason.split(":")[0] in ("too many fragile gates", "no Q closes the loop")
-        return
-    q, sol = c.quantities, mn.solve(X, y, W0, signs)
-    assert q["trivial"] == pytest.approx(float(sol.norm2.sqrt()))
-    tau = torch.linalg.vector_norm(X @ X.T, dim=1) * q["Q_star"] / math.sqrt(W0.shape[2])
-    Z = data.sphere(5, 3, torch.Generator().manual_seed(seed + 1))
-    floor = 1e-14 * math.sqrt(W0.shape[2]) * float((X @ W0).abs().max())
-    W, path = W0.clone(), 0.0
-    for k in range(200):
-        e = y - first_layer.forward(X, W, signs)
-        norm = float(e.norm())
-        path += step * norm
-        assert norm <= (1 - q["rate"]) ** k * q["e_0"] + floor * 100
-        if k % 20 == 0:
-            terms = mn.lyapunov_terms(sol, W, step)
-            assert bool(((X @ (W - W0))[0].abs().amax(1) <= tau * (1 + 1e-9) + floor).all())
-            assert float(terms.V_perp.sqrt()) <= q["perp"] + floor
-            assert float(terms.V_parallel.clamp_min(0).sqrt()) <= q["parallel"] + norm / q_lambda0(X, W0) + floor
-            assert float(terms.b) <= q["b"] + floor
-            assert float((W - W0).norm()) <= q["movement"] + floor
-            bound = mn.function_bound(sol, Z, torch.tensor([q["Q_star"]], dtype=torch.float64), norm)
-            error = (first_layer.forward(Z, W, signs) - sol.predict(Z)).abs()
-            assert bool((error <= bound + floor).all())
-        W = W + step * first_layer.pull_back(X, W, signs, e)
-    assert path <= q["Q_star"] * (1 + 1e-9)
-
-
-def q_lambda0(X, W0):
-    return float(torch.linalg.eigvalsh(first_layer.empirical_gram(X, W0))[0, 0]) ** 0.5
-
-
-def test_certificates_close_here_and_the_certified_one_is_weaker():
-    X, y, W0, signs = small(3, m=400, kappa=300.0)
-    step, found = 0.9 * mn.safe_step(X), {}
-    for reference in ("gate", "midpoint"):
-        for level in ("measured", "certified"):
-            c = found[reference, level] = mn.certify(X, y, W0, signs, step=step, reference=reference, level=level)
-            assert c.holds, c
-            assert c.status == level
-        weak, plain = found[reference, "certified"].quantities, found[reference, "measured"].quantities
-        assert weak["Q_star"] >= plain["Q_star"]
-        assert weak["rate"] <= plain["rate"]
-        assert weak["distance"] >= plain["distance"]
-    assert found["midpoint", "measured"].quantities["Q_star"] <= found["gate", "measured"].quantities["Q_star"] * 1.001
-
-
-def test_after_training_the_limit_is_enclosed():
-    X, y = example()
-    W0, signs = mn.initialize(10, 2048, S=2, antisymmetric=False)
-    step = mn.safe_step(X)
-    assert not mn.certify(X, y, W0, signs, step=step).holds
-    run = mn.train(X, y, W0, signs, step, 300, every=300)
-    later = mn.train(X, y, run.weights[0], signs, step, 1500, every=1500)
-    for level in ("measured", "certified"):
-        c = mn.certify_after(X, y, W0, signs, run.weights[0], step=step, level=level)
-        assert c.holds, c
-        assert len(c.members) == 2
-        sol = mn.solve(X, y, W0, signs)
-        limit = torch.linalg.vector_norm(later.weights[0] - sol.W, dim=(1, 2))
-        for s, member in enumerate(c.members):
-            q = member.quantities
-            assert q["distance_low"] <= float(limit[s]) <= q["distance_high"]
-            assert q["distance_high"] - q["distance_low"] < 0.5 * float(limit[s])
-            assert float(later.residual[-1, s]) <= (1 - q["rate"]) ** 1500 * q["e_0"] + 1e-9
-
-
-def test_the_explicit_width_of_the_example():
-    X, y = example()
-    step = mn.safe_step(X)
-    c = mn.formula(X, y, 10**6, step=step)
-    assert not c.holds
-    assert c.reason.startswith("m is below")
-    q = c.quantities
-    assert q["width"] == pytest.approx(1.65e11, rel=0.01)
-    at_width = mn.formula(X, y, math.ceil(q["width"]), step=step)
-    assert at_width.holds
-    assert at_width.quantities["distance"] == pytest.approx(50.8, rel=0.01)
-    assert q["informative"] == pytest.approx(2.8e14, rel=0.02)
-    assert q["trivial"] == pytest.approx(7.93, abs=0.005)
-    wider = mn.formula(X, y, 10**20, step=step, antisymmetric=False).quantities
-    assert wider["width"] == pytest.approx(q["width"] * (19 + 10) / 0.05 / 19, rel=1e-6)
-    with pytest.raises(ValueError, match="rows of equal norm"):
-        mn.formula(X * torch.arange(1, 21)[:, None], y, 10, step=step)
-
-
-def test_reasons_of_a_refusal():
-    X, y, W0, signs = small(3, m=400, kappa=300.0)
-    small_step = mn.safe_step(X)
-    top = float(torch.linalg.eigvalsh(first_layer.empirical_gram(X, W0))[0, -1])
-    assert mn.certify(X, y, W0, signs, step=1.5 / top).reason.startswith("step too large: η λ_max = 1.5")
-    with pytest.warns(UserWarning, match="at least 2"):
-        assert mn.certify(X, y, W0, signs, step=2.5 / top).reason.startswith("step too large")
-    assert mn.certify(X, y, W0 / 1e6, signs, step=small_step).reason.startswith("too many fragile gates: ε/λ = ")
-    double = X.clone()
-    double[2] = 3 * X[0]
-    assert mn.certify(double, y, W0, signs, step=small_step).reason == "kernel singular: inputs 0, 2"
-    assert mn.certify_after(double, y, W0, signs, W0, step=small_step).reason == "kernel singular: inputs 0, 2"
-    blind = torch.ones_like(W0)
-    plus = X.abs()
-    plus[0] *= -1
-    assert mn.certify(plus, y, blind, signs, step=mn.safe_step(plus)).reason.startswith("kernel singular: λ = 0")
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -401,7 +254,7 @@ NAMES += ["integer y", "NaN X", "NaN W"]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bad_input_is_refused_in_one_sentence(unchecked, name):
-    arguments, error, text = cases(*small(1))[name]
+    arguments, error, text = cases(*wide_layer(1))[name]
     with pytest.raises(error, match=text):
         mn.solve(*arguments)
     with pytest.raises(error, match=text):
@@ -412,7 +265,7 @@ def test_bad_input_is_refused_in_one_sentence(unchecked, name):
 
 
 def test_independent_antipodal_inputs_are_named_and_solved():
-    X, y, W0, signs = small(1)
+    X, y, W0, signs = wide_layer(1)
     X = torch.cat([X[:2], -2 * X[1:2]])
     with pytest.warns(UserWarning, match=r"antipodal rows 1, 2"):
         sol = mn.solve(X, y[:3], W0, signs)
@@ -421,14 +274,14 @@ def test_independent_antipodal_inputs_are_named_and_solved():
 
 @pytest.mark.parametrize("step", [0.0, -1.0, math.nan, math.inf])
 def test_steps_must_be_positive(unchecked, step):
-    X, y, W0, signs = small(1)
+    X, y, W0, signs = wide_layer(1)
     for call in (lambda: mn.train(X, y, W0, signs, step, 3), lambda: mn.certify(X, y, W0, signs, step=step)):
         with pytest.raises(ValueError, match="a positive finite number"):
             call()
 
 
 def test_other_arguments_out_of_range(unchecked):
-    X, y, W0, signs = small(1)
+    X, y, W0, signs = wide_layer(1)
     with pytest.raises(TypeError, match="step is str"):
         mn.train(X, y, W0, signs, "0.1", 3)
     with pytest.raises(ValueError, match="reference is 'both'"):
@@ -442,17 +295,17 @@ def test_other_arguments_out_of_range(unchecked):
     with pytest.raises(ValueError, match="kappa is 0"):
         mn.initialize(3, 4, kappa=0.0)
     with pytest.raises(ValueError, match="0 < delta < 1"):
-        mn.formula(data.sphere(4, 3, torch.Generator()), y, 10, step=0.1, delta=0.0)
+        mn.certify_width(data.sphere(4, 3, torch.Generator()), y, 10, step=0.1, delta=0.0)
 
 
 def test_a_dead_layer_is_singular_and_said_so():
-    X, y, W0, signs = small(1)
+    X, y, W0, signs = wide_layer(1)
     with pytest.raises(ValueError, match="G_0 of network 0 has smallest eigenvalue"):
         mn.solve(X.abs(), y, -W0.abs(), signs)
 
 
 def test_a_column_of_targets_is_accepted():
-    X, y, W0, signs = small(2)
+    X, y, W0, signs = wide_layer(2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(mn.solve(X, y[:, None], W0, signs).W, mn.solve(X, y, W0, signs).W)

@@ -1,12 +1,18 @@
 """Text and notebook of each lesson belong together, and the check that says so can fail."""
 
+import os
+import shutil
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
+import jupytext
 import nbformat
 import notebooks
 import pytest
-from course import lessons
+from course import address, lessons
+from myst_nb.core.read import read_myst_markdown_notebook
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 NAME = "01-toy"
@@ -138,3 +144,48 @@ def test_a_finished_run_is_kept_only_for_its_own_code(tmp_path, monkeypatch):
     assert [cell.execution_count for cell in notebooks.kept(NAME)] == [1, 2]
     (tmp_path / f"{NAME}.md").write_text(TEXT.replace("6 * 7", "7 * 7"))
     assert notebooks.kept(NAME) is None
+
+
+# --- jupytext
+
+
+@pytest.mark.parametrize("name", lessons.names())
+def test_a_text_is_read_as_the_site_reads_it(name):
+    def cells(notebook):
+        return [(cell.cell_type, cell.source, cell.metadata) for cell in notebook.cells]
+
+    text = lessons.text_path(name).read_text(encoding="utf8")
+    assert cells(lessons.read_text(name)) == cells(read_myst_markdown_notebook(text))
+
+
+def test_only_working_notebooks_are_paired():
+    settings = tomllib.loads((address.ROOT / "pyproject.toml").read_text(encoding="utf8"))["tool"]["jupytext"]
+    assert settings["formats"] == {"lessons/": "md:myst", "_build/notebooks/": "ipynb"}
+
+
+@pytest.mark.parametrize("name", lessons.names())
+def test_work_in_a_notebook_comes_back_and_leaves_the_published_one(tmp_path, name):
+    text, published = tmp_path / "lessons" / f"{name}.md", tmp_path / "lessons" / f"{name}.ipynb"
+    text.parent.mkdir()
+    shutil.copy(address.ROOT / "pyproject.toml", tmp_path)
+    shutil.copy(lessons.text_path(name), text)
+    shutil.copy(lessons.notebook_path(name), published)
+    working = tmp_path / "_build" / "notebooks" / f"{name}.ipynb"
+
+    def sync():
+        command = [Path(sys.executable).with_name("jupytext"), "--sync", text]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    sync()
+    before = text.read_text(encoding="utf8")
+    notebook = jupytext.read(working)
+    old, sentence = notebook.cells[0].source, "\n\nA sentence from the notebook."
+    notebook.cells[0].source += sentence
+    jupytext.write(notebook, working)
+    later = text.stat().st_mtime + 10
+    os.utime(working, (later, later))
+    sync()
+    assert text.read_text(encoding="utf8") == before.replace(old, old + sentence, 1)
+    assert published.read_bytes() == lessons.notebook_path(name).read_bytes()
+    assert sorted(path.name for path in (tmp_path / "lessons").iterdir()) == [published.name, text.name]

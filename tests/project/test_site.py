@@ -1,15 +1,19 @@
 """The site builds without a warning and its pages hold together; each check is shown to fail on a broken page."""
 
 import importlib
+import json
 import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import check_site
 import pytest
-from course import address, api, lessons
+from course import address, api, lessons, reading, repairs
+from docutils import nodes
+from docutils.utils import new_document
 
 REPOSITORY = "https://github.com/someone/else"
 COLAB = "https://colab.research.google.com/github/someone/else/blob/main/lessons/01-a.ipynb"
@@ -44,6 +48,18 @@ class TestSite:
             offered = site / "_sources" / "lessons" / f"{name}.ipynb"
             assert offered.read_bytes() == lessons.notebook_path(name).read_bytes()
 
+    def test_a_lesson_is_the_chapter_of_its_number(self, site):
+        for name in lessons.names():
+            if chapter := re.match(r"(\d\d)-", name):  # an appendix (01a-...) is a section of its lesson
+                text = (site / "lessons" / f"{name}.html").read_text(encoding="utf8")
+                assert re.search(r'<h1><span class="section-number">(\d+)\. </span>', text)[1] == str(int(chapter[1]))
+                assert set(re.findall(r'class="eqno">\((\d+)\.', text)) == {str(int(chapter[1]))}
+
+    def test_every_repair_of_the_tools_below_is_still_needed(self, site):
+        made = json.loads((site.parent / ".doctrees" / "repairs.json").read_text(encoding="utf8"))
+        assert set(made) == {*repairs.NAMES, *reading.BODY, *reading.PAGE, "links from the source"}
+        assert [name for name, count in made.items() if count == 0] == []
+
     def test_the_lessons_show_their_stored_pictures(self, site):
         for name in lessons.names():
             cells = lessons.stored_code(name)
@@ -71,6 +87,50 @@ class TestSite:
 
     def test_search_engines_are_told_the_published_address(self, site):
         assert f'<link rel="canonical" href="{address.site()}' in (site / "book" / "notation.html").read_text()
+
+
+# --- repairs of other people's pages
+
+DEFECTS = {
+    "name of a fold": ('<summary aria-label="Toggle hidden content">Proof', "<summary>Proof"),
+    "role of a reference": ('<div role="doc-biblioentry">', '<div role="listitem">'),
+    "long signature": (
+        "<dl>\n<dd>X: Tensor</dd>\n<dd>y: Tensor</dd>\n</dl>",
+        '<span class="sig-lines"><span>X: Tensor</span>\n<span>y: Tensor</span>\n</span>',
+    ),
+    "name of the search button": (
+        '<button class="btn search-button-field" title="Search" aria-label="Search">',
+        '<button class="btn search-button-field">',
+    ),
+    "title of the theme switch": ('<i class="theme-switch fa-lg"  title="Light">', '<i class="theme-switch fa-lg">'),
+    "region of the contents": (
+        '<div id="pst-primary-sidebar" class="side">',
+        '<div id="pst-primary-sidebar" class="side" role="region" aria-label="Contents">',
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "rule"), [*reading.BODY.items(), *reading.PAGE.items()])
+def test_a_repair_changes_what_it_names_and_counts_it(monkeypatch, name, rule):
+    monkeypatch.setattr(reading, "made", Counter())
+    defect, repaired = DEFECTS[name]
+    page = f"<p>{defect}</p>\n"
+    assert reading.replace(page + page, {name: rule}) == f"<p>{repaired}</p>\n" * 2
+    assert reading.replace(f"<p>{repaired}</p>", {name: rule}) == f"<p>{repaired}</p>"
+    assert reading.made == {name: 2}
+
+
+def test_boxes_get_identifiers_of_their_own(monkeypatch):
+    monkeypatch.setattr(repairs, "made", Counter())
+    document = new_document("page")
+    document += [
+        nodes.section(ids=["proof-content", "a"]),
+        nodes.section(ids=["proof-content"]),
+        nodes.section(ids=["b"]),
+    ]
+    repairs._unique_ids(None, document)
+    assert [node["ids"] for node in document] == [["proof-content-1", "a"], ["proof-content-2"], ["b"]]
+    assert repairs.made == {"shared ids": 2}
 
 
 # --- the checks can fail

@@ -2,10 +2,14 @@
 
 import importlib
 import pkgutil
+import re
+from pathlib import Path
 
 from docutils.utils import new_document
 from myst_parser.mocking import MockRSTParser
 from sphinx.util.docutils import SphinxDirective
+
+from .repairs import made
 
 
 def modules(name: str) -> list[str]:
@@ -41,5 +45,30 @@ class Reference(SphinxDirective):
         return document.children
 
 
+# --- from the source back to the reference
+
+_BACK = re.compile(r'(<div class="viewcode-block" id="([^"]+)">\s*<a class="viewcode-back" href="[^"#]+#)[^"]+')
+
+
+def anchor(module: str, name: str) -> str:
+    """Where a name of a module is described: at the face of its wing if that exports it, else in its own module."""
+    wing = ".".join(module.split(".")[:2])
+    exported = name.partition(".")[0] in getattr(importlib.import_module(wing), "__all__", ())
+    return f"{wing if exported else module}.{name}"
+
+
+def _source_links(app, exception):
+    """viewcode takes one name of a module for all of it, that of its face; some names are not on the face."""
+    if exception is None and app.builder.format == "html":
+        for path in Path(app.outdir).glob("_modules/companion/**/*.html"):
+            module = ".".join(path.relative_to(Path(app.outdir, "_modules")).with_suffix("").parts)
+            text = path.read_text(encoding="utf8")
+            text, count = _BACK.subn(lambda found, m=module: found[1] + anchor(m, found[2]), text)
+            made["links from the source"] += count
+            path.write_text(text, encoding="utf8")
+
+
 def setup(app):
+    made["links from the source"] = 0
     app.add_directive("reference", Reference)
+    app.connect("build-finished", _source_links)

@@ -38,9 +38,6 @@ class CellsBuilder(Builder):
     def prepare_writing(self, docnames):
         pass
 
-    def assemble_doctree(self, docname):
-        return self.env.get_and_resolve_doctree(docname, self)
-
     def write_doc(self, docname, doctree):
         if docname.startswith("lessons/"):
             cells = Writer(self, docname).cells(doctree)
@@ -92,7 +89,7 @@ class Writer:
             self.code_cell(node)
         elif name in ("exercise_enumerable_node", "exercise_node", "solution_node"):
             self.exercise(node, name == "solution_node")
-        elif "proof" in node.get("classes", []) if isinstance(node, nodes.Element) else False:
+        elif name == "proof_node" or (isinstance(node, nodes.Element) and "proof" in node.get("classes", [])):
             self.flush()
             self.pending.append(self.block(node))
             self.flush()
@@ -104,7 +101,7 @@ class Writer:
         self.done.append(["code", node["cell_index"]])
         for figure in node.findall(nodes.figure):
             for caption in figure.findall(nodes.caption):
-                self.pending.append(f"**{self.figure_number(figure)}** {self.inline(caption)}")
+                self.pending.append(self.block(caption))
                 self.flush()
 
     def exercise(self, node, solution):
@@ -130,9 +127,10 @@ class Writer:
                 return ".".join(map(str, self.numbers[kind][identifier]))
         return ""
 
-    def figure_number(self, node):
-        number = self.counted("figure", node)
-        return f"{self.builder.config.numfig_format['figure'] % number}." if number else ""
+    def caption(self, kind, node):
+        """What stands before the caption of a figure or table."""
+        number = self.counted(kind, node)
+        return f"**{self.builder.config.numfig_format[kind] % number}.** " if number else ""
 
     def number(self, title):
         """The section's number before its title."""
@@ -155,8 +153,6 @@ class Writer:
         writer = getattr(self, f"block_{name}", None)
         if writer:
             return writer(node)
-        if isinstance(node, nodes.Inline | nodes.Text):
-            return self.inline_one(node)
         if isinstance(node, nodes.Element):
             return self.joined(node)
         raise ExtensionError(f"{self.docname}: there is no rule that writes {name!r} as Markdown")
@@ -181,9 +177,6 @@ class Writer:
     def block_paragraph(self, node):
         return self.inline(node)
 
-    def block_title(self, node):
-        return f"**{self.inline(node)}**"
-
     def block_transition(self, node):
         return "---"
 
@@ -191,17 +184,17 @@ class Writer:
         return f"**{self.inline(node)}**"
 
     def block_math_block(self, node):
-        label = node.get("number")
-        secnum = self.builder.env.toc_secnumbers.get(self.docname, {}).get("", ())
-        prefix = f"{secnum[0]}." if secnum and self.builder.config.math_numfig else ""
-        tag = f" \\tag{{{prefix}{label}}}" if label else ""
+        number = self.counted("displaymath", node)
+        tag = f" \\tag{{{number}}}" if number else ""
         body = node.astext().strip()
-        # the lines of a formula in a quotation would begin with its mark
+        if re.search(r"&|\\\\", re.sub(r"(?s)\\begin\{(\w+\*?)\}.*?\\end\{\1\}", "", body)):
+            body = f"\\begin{{split}}\n{body}\n\\end{{split}}"  # as Sphinx does on the page
         return f"$$\n{body}{tag}\n$$"
 
     def block_literal_block(self, node):
         language = node.get("language", "")
-        return f"```{'' if language in ('none', 'default') else language}\n{node.astext()}\n```"
+        text = node.astext().rstrip("\n")
+        return f"```{'' if language in ('none', 'default') else language}\n{text}\n```"
 
     def block_block_quote(self, node):
         return _quote(self.joined(node))
@@ -231,7 +224,8 @@ class Writer:
 
     def block_table(self, node):
         rows = [[self.cell(entry) for entry in row.children] for row in node.findall(nodes.row)]
-        caption = [f"*{self.inline(title)}*\n\n" for title in node.children if isinstance(title, nodes.title)]
+        titles = [title for title in node.children if isinstance(title, nodes.title)]
+        caption = [f"{self.caption('table', node)}{self.inline(title)}\n\n" for title in titles]
         lines = ["| " + " | ".join(row) + " |" for row in rows]
         lines.insert(1, "|" + " --- |" * len(rows[0]))
         return "".join(caption) + "\n".join(lines)
@@ -239,11 +233,8 @@ class Writer:
     def cell(self, entry):
         return " ".join(self.joined(entry).split()).replace("|", "\\|")
 
-    def block_figure(self, node):
-        return self.joined(node)
-
     def block_caption(self, node):
-        return self.inline(node)
+        return f"{self.caption('figure', node.parent)}{self.inline(node)}"
 
     def block_image(self, node):
         return f"![{node.get('alt', '')}]({address.repository()}/raw/{address.BRANCH}/{node['uri']})"
@@ -294,7 +285,10 @@ class Writer:
             # a star, an underscore or a bracket of the text is not Markdown's or HTML's
             return re.sub(r"([*_$`\\]|<(?=[a-zA-Z/!]))", r"\\\1", node.astext())
         if isinstance(node, nodes.math):
-            return f"${node.astext().strip()}$"
+            formula = node.astext()
+            if _inside(node, nodes.entry):  # a bar would end the table's cell
+                formula = formula.replace("\\|", "\\Vert ").replace("|", "\\vert ")
+            return f"${formula.strip()}$"
         if isinstance(node, nodes.literal):
             return f"`{node.astext()}`"
         if isinstance(node, nodes.reference):
@@ -316,6 +310,10 @@ class Writer:
         if not uri or page == f"{self.docname}.html" or (not page and anchor):
             return text
         return f"[{text}]({uri if '://' in uri or uri.startswith('mailto:') else address.site() + uri})"
+
+
+def _inside(node, kind):
+    return node is not None and (isinstance(node, kind) or _inside(node.parent, kind))
 
 
 def _fold(heading, body):

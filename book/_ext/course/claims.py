@@ -9,8 +9,12 @@ from sphinx.util.docutils import SphinxDirective
 
 from . import lessons
 
-MIME = "application/vnd.wide-enough.claims+json"
-COLUMNS = ("claim", "predicted", "measured", "slack", "status")
+
+def kind() -> type:
+    """The package's table of claims; torch comes with it, and must not be loaded before the extensions are set up."""
+    from companion.lab import Claims
+
+    return Claims
 
 
 def of_lesson(name: str) -> list[dict[str, str]]:
@@ -19,20 +23,21 @@ def of_lesson(name: str) -> list[dict[str, str]]:
         return []
     notebook = nbformat.read(lessons.notebook_path(name), as_version=4)
     outputs = [output for cell in lessons.code(notebook) for output in cell.outputs]
-    tables = [o.data[MIME] for o in outputs if MIME in o.get("data", {})]
+    tables = [o.data[kind().MIME] for o in outputs if kind().MIME in o.get("data", {})]
     return tables[-1]["rows"] if tables else []
 
 
 def _table(rows: list[dict[str, str]]) -> nodes.table:
+    columns = kind().COLUMNS
     table = nodes.table(classes=["claims"])
-    group = nodes.tgroup(cols=len(COLUMNS))
+    group = nodes.tgroup(cols=len(columns))
     table += group
-    group += [nodes.colspec(colwidth=50 if column == "claim" else 12) for column in COLUMNS]
+    group += [nodes.colspec(colwidth=50 if column == "claim" else 12) for column in columns]
     head, body = nodes.thead(), nodes.tbody()
     group += [head, body]
-    for part, row in [(head, {c: c for c in COLUMNS}), *((body, row) for row in rows)]:
+    for part, row in [(head, {c: c for c in columns}), *((body, row) for row in rows)]:
         line = nodes.row()
-        line += [nodes.entry("", nodes.paragraph(text=row[column])) for column in COLUMNS]
+        line += [nodes.entry("", nodes.paragraph(text=row[column])) for column in columns]
         part += line
     return table
 

@@ -1,10 +1,9 @@
 """A lesson's text, its notebook, and how the two belong together."""
 
-import hashlib
 from pathlib import Path
 
+import jupytext
 import nbformat
-from myst_nb.core.read import read_myst_markdown_notebook
 
 from .address import ROOT, install_source
 
@@ -50,8 +49,8 @@ def notebook_path(name: str) -> Path:
 
 
 def read_text(name: str) -> nbformat.NotebookNode:
-    """The lesson's text as the site reads it: Markdown and code cells, no outputs."""
-    return read_myst_markdown_notebook(text_path(name).read_text(encoding="utf8"))
+    """The lesson's text as a notebook: Markdown and code cells, no outputs."""
+    return jupytext.read(text_path(name))
 
 
 def code(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
@@ -76,8 +75,3 @@ def stale(name: str) -> str:
     if any(cell.execution_count is None for cell in stored):
         return f"lessons/{name}.ipynb was never run"
     return ""
-
-
-def fingerprint(*parts: str) -> str:
-    """A short name that depends on nothing but the text."""
-    return hashlib.sha256("\x00".join(parts).encode()).hexdigest()[:12]

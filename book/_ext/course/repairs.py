@@ -1,14 +1,21 @@
-"""Defects of the tools below us, each repaired in one place."""
+"""Defects of the tools below us, each repaired in one place.
 
-import re
+A build counts how often it made each repair, and the tests ask that a whole build made each: one that the tools no
+longer need is then found.
+"""
+
+import json
 import sys
+from collections import Counter
+from pathlib import Path
 
 from docutils import nodes
 from myst_nb.sphinx_ import SphinxNbRenderer
-from sphinx_external_toc.collectors import TocTreeCollectorWithStyles as TocCollector
 
 from .address import ROOT
 
+NAMES = ("thebe's listeners", "thebe's style sheet", "shared ids", "figures on every output")
+made: Counter[str] = Counter()
 _SHARED_IDS = {"proof-content", "exercise-content", "solution-content", "proof"}
 
 
@@ -17,7 +24,10 @@ def _forget_thebe(app):
     for listeners in app.events.listeners.values():
         for listener in [one for one in listeners if one.handler.__module__ == "sphinx_thebe"]:
             listeners.remove(listener)
-    app.registry.css_files = [given for given in app.registry.css_files if given[0] != "sphinx-thebe.css"]
+            made["thebe's listeners"] += 1
+    kept = [given for given in app.registry.css_files if given[0] != "sphinx-thebe.css"]
+    made["thebe's style sheet"] += len(app.registry.css_files) - len(kept)
+    app.registry.css_files = kept
 
 
 def _unique_ids(app, document):
@@ -25,6 +35,7 @@ def _unique_ids(app, document):
     boxes = [node for node in document.findall(nodes.Element) if _SHARED_IDS & set(node.get("ids", []))]
     for number, node in enumerate(boxes, start=1):
         node["ids"] = [f"{i}-{number}" if i in _SHARED_IDS else i for i in node["ids"]]
+    made["shared ids"] += len(boxes)
 
 
 def _figure_around_the_picture_only(app):
@@ -40,6 +51,7 @@ def _figure_around_the_picture_only(app):
         framed = (pictures or shown or [None])[0]
         plain = {k: v for k, v in metadata.items() if k != "mystnb"}
         plain["mystnb"] = {k: v for k, v in metadata.get("mystnb", {}).items() if k != "figure"}
+        made["figures on every output"] += (len(outputs) - 1) * ("figure" in metadata.get("mystnb", {}))
         for output in outputs:
             token.meta["metadata"] = metadata if output is framed else plain
             render(self, token, [output])
@@ -49,33 +61,15 @@ def _figure_around_the_picture_only(app):
     SphinxNbRenderer._render_nb_cell_code_outputs = one_by_one
 
 
-def _number_lessons_by_name(app):
-    """Sphinx counts the lessons that are there; ours have their files' numbers, so that lesson 4 is chapter 4."""
-    assign = TocCollector.assign_section_numbers
-    if getattr(assign, "repaired", False):
-        return
-
-    def by_name(self, env):
-        rewritten = assign(self, env)
-        for doc, numbers in env.toc_secnumbers.items():
-            lesson = re.match(r"lessons/(\d\d)-", doc)
-            if not lesson:
-                continue
-            own = int(lesson[1])
-            for anchor, number in numbers.items():
-                numbers[anchor] = number and type(number)((own, *number[1:]))
-            for node in [env.titles[doc], *env.tocs[doc].findall(nodes.reference)]:
-                if node.get("secnumber"):
-                    node["secnumber"] = type(node["secnumber"])((own, *node["secnumber"][1:]))
-        return rewritten
-
-    by_name.repaired = True
-    TocCollector.assign_section_numbers = by_name
+def _report(app, exception):
+    Path(app.doctreedir, "repairs.json").write_text(json.dumps(made, indent=1), encoding="utf8")
 
 
 def setup(app):
+    made.clear()
+    made.update(dict.fromkeys(NAMES, 0))
     sys.path.insert(0, str(ROOT))  # the pages on `companion` describe this copy, whatever is installed
     app.connect("config-inited", lambda app, config: _forget_thebe(app), priority=900)
-    app.connect("builder-inited", _number_lessons_by_name)
     app.connect("builder-inited", _figure_around_the_picture_only)
     app.connect("doctree-read", _unique_ids, priority=900)
+    app.connect("build-finished", _report, priority=900)

@@ -1,50 +1,48 @@
-"""Show the stored outputs on the site: fill myst-nb's cache from the notebooks, so that no kernel runs.
+"""Show the stored outputs on the site: a lesson is its text's cells with its notebook's outputs; no kernel runs.
 
-The cache knows a lesson by its code cells.  A notebook whose code differs from the text has outputs of another
-lesson, and the build refuses it.
+A notebook whose code differs from the text has outputs of another lesson, and the build refuses it.
 """
 
 import copy
-import warnings
 from pathlib import Path
 
+import nbformat
+from jupytext.myst import myst_to_notebook
 from sphinx.errors import ExtensionError
 
 from . import lessons
-from .claims import MIME
+from .claims import kind
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    from jupyter_cache import get_cache
-    from jupyter_cache.base import CacheBundleIn
+_executed: dict[str, list] = {}
 
 
-def fill(folder: Path, executed: dict[str, list]) -> None:
-    """Put the outputs of executed code cells into the cache `folder`, under the code of the lessons' texts."""
-    cache = get_cache(str(folder))
-    cache.change_cache_limit(1000)
-    for name, cells in executed.items():
-        notebook = lessons.read_text(name)
-        for count, (cell, stored) in enumerate(zip(lessons.code(notebook), cells, strict=True), start=1):
-            cell.outputs = copy.deepcopy(stored.outputs)
-            for output in cell.outputs:
-                output.get("data", {}).pop(MIME, None)  # for the claims page; myst-nb would warn of it
-            cell.execution_count = count
-        notebook.metadata["language_info"] = {"name": "python", "pygments_lexer": "ipython3"}
-        cache.cache_notebook_bundle(CacheBundleIn(notebook, str(lessons.text_path(name))), overwrite=True)
+def read(text: str, name: str) -> nbformat.NotebookNode:
+    """Read a lesson's text; myst-nb calls this as the reader of the lesson's file."""
+    notebook = myst_to_notebook(text, add_source_map=True)
+    for count, (cell, executed) in enumerate(zip(lessons.code(notebook), _executed[name], strict=True), start=1):
+        cell.outputs, cell.execution_count = copy.deepcopy(executed.outputs), count
+        for output in cell.outputs:
+            output.get("data", {}).pop(kind().MIME, None)  # for the claims page; myst-nb would warn of it
+    notebook.metadata["language_info"] = {"name": "python", "pygments_lexer": "ipython3"}
+    return notebook
 
 
-def _fill(app):
-    if app.config.course_outputs_given:
+def _choose_readers(app, config):
+    reader = f"{__name__}.{read.__name__}"
+    config.nb_custom_formats = {f"/lessons/{name}.md": (reader, {"name": name}, False) for name in lessons.names()}
+
+
+def _gather(app):
+    """The executed code cells of all lessons: those given to this build, else the stored ones."""
+    _executed.clear()
+    if app.config.course_executed is not None:
+        _executed.update(app.config.course_executed)
         return
     names = lessons.names()
     reasons = [reason for name in names if (reason := lessons.stale(name))]
     if reasons:
         raise ExtensionError("; ".join(reasons) + ". Run `make lessons`, or `make lessons ONLY=name` for one of them.")
-    fill(
-        Path(app.config.nb_execution_cache_path or Path(app.outdir).parent / ".jupyter_cache"),
-        {name: lessons.stored_code(name) for name in names},
-    )
+    _executed.update((name, lessons.stored_code(name)) for name in names)
 
 
 def _depend_on_notebook(app, docname, source):
@@ -62,7 +60,9 @@ def _offer_notebooks(app, exception):
 
 
 def setup(app):
-    app.add_config_value("course_outputs_given", False, "env")
-    app.connect("builder-inited", _fill)
+    app.add_config_value("course_executed", None, "", (dict, type(None)))
+    # after myst-nb's own listener, which would take the files' names for suffixes of sources
+    app.connect("config-inited", _choose_readers, priority=900)
+    app.connect("builder-inited", _gather)
     app.connect("source-read", _depend_on_notebook)
     app.connect("build-finished", _offer_notebooks)

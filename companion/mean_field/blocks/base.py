@@ -1,19 +1,26 @@
 """What every block of a mean-field ResNet gives: its function, products with its derivatives, constants, and an audit.
 
 A block of one's own is a subclass of `Block` with `f` alone, or a plain function in `Custom`: everything else then
-comes from automatic differentiation, only slower than the closed forms of `companion.blocks`.
+comes from automatic differentiation, only slower than the closed forms of `BallBump` and the like.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from companion import rigor
+from companion.rigor import Interval
+from companion.rigor.formulas import number, sqrt
+from companion.runs import count
+
+# --- constants --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -30,13 +37,64 @@ class Constants:
         H_thetatheta: of the second derivative in theta.
     """
 
-    F: float | Tensor
-    A: float | Tensor
-    A_F: float | Tensor
-    B: float | Tensor
-    H_zz: float | Tensor
-    H_ztheta: float | Tensor
-    H_thetatheta: float | Tensor
+    F: float | Tensor | Interval
+    A: float | Tensor | Interval
+    A_F: float | Tensor | Interval
+    B: float | Tensor | Interval
+    H_zz: float | Tensor | Interval
+    H_ztheta: float | Tensor | Interval
+    H_thetatheta: float | Tensor | Interval
+
+    def _map(self, change: Callable[[Any], Any]) -> Constants:
+        return Constants(*(change(getattr(self, f.name)) for f in fields(self)))
+
+    def spread(self, theta: Float[Tensor, "*B k"] | Interval) -> Constants:
+        """The same bounds with one number for each particle of `theta`, ``(*B,)``, in theta's kind of number."""
+        of, shape = like(theta), theta.shape[:-1]
+
+        def each(x: float | Tensor | Interval) -> Tensor | Interval:
+            x = of(x)
+            return x.expand(*shape) if isinstance(x, Interval) else x.to(theta).expand(shape)
+
+        return self._map(each)
+
+    def largest(self) -> Constants:
+        """The largest of each over all particles, as floats."""
+        return self._map(lambda x: float(x.max()) if isinstance(x, Tensor) else float(x))
+
+    def finite(self) -> bool:
+        """Whether every bound is a finite number."""
+        return all(math.isfinite(x) for x in vars(self.largest()).values())
+
+
+def like(theta: Tensor | Interval | None) -> Callable[[Any], Tensor | Interval]:
+    """How a float or fraction in a formula becomes the kind of number that `theta` is; numbers of that kind stay."""
+    level = "certified" if isinstance(theta, Interval) else "measured"
+    return lambda x: x if isinstance(x, Interval) else number(x, level)
+
+
+def largest_norm(theta: Tensor | Interval | None, radius: float | None, part: slice = slice(None)) -> Tensor | Interval:
+    """How large a part of a particle can be: within `radius` of `theta` (None: 0), or below `radius` (None: no limit).
+
+    Args:
+        theta: particles ``(*B, k)``, or None.
+        radius: see `Block.constants`.
+        part: the parameters that are meant.
+
+    Returns:
+        ``(*B,)``, or one number without `theta`.
+    """
+    if theta is None:
+        return like(None)(math.inf if radius is None else radius)
+    return rigor.norm(theta[..., part]) + like(theta)(radius or 0.0)
+
+
+def largest_form(a: Tensor | Interval, c: Tensor | Interval) -> Tensor | Interval:
+    """The largest value of ``2 a x y + c y^2`` on ``x^2 + y^2 = 1``, for ``a, c >= 0``."""
+    return (c + sqrt(c * c + 4 * a * a)) / 2
+
+
+# --- the audit --------------------------------------------------------------------------------------------------------
 
 
 class Hypothesis(NamedTuple):
@@ -55,10 +113,10 @@ class Hypothesis(NamedTuple):
 
 HYPOTHESES = ("C2", "growth", "universality", "homogeneity", "k_1", "separation", "Sard")
 
+Answers = tuple[tuple[str, str], ...]  # answer and reason for each of `HYPOTHESES`, in that order
 
-def largest(a: float | Tensor, c: float | Tensor) -> float | Tensor:
-    """The largest value of ``2 a x y + c y^2`` on ``x^2 + y^2 = 1``, for ``a, c >= 0``."""
-    return (c + (c * c + 4 * a * a) ** 0.5) / 2
+
+# --- blocks -----------------------------------------------------------------------------------------------------------
 
 
 class Block:
@@ -120,56 +178,81 @@ class Block:
             return torch.autograd.grad(pairs.sum(), each, materialize_grads=True)[0]
 
     def constants(
-        self, theta: Float[Tensor, "*B k"] | None = None, radius: float | None = None, reach: float = math.inf
+        self,
+        theta: Float[Tensor, "*B k"] | Interval | None = None,
+        radius: float | None = None,
+        reach: float = math.inf,
     ) -> Constants:
         """Bounds for all ``|z| <= reach`` and all parameters, or for each particle within `radius` of `theta`.
 
         Args:
-            theta: particles, or None.
+            theta: particles, as intervals where the bounds are to be certified, or None.
             radius: how far a particle may be from `theta`, None for 0; without `theta` how large parameters may be
                 (`BallBump`, `RBF`: only u), None for no limit: the bounds are infinite where there are none.
             reach: bound of the states' norm; only some blocks need it.
 
         Returns:
-            Numbers without `theta`, tensors ``(*B,)`` with it.
+            Bounds in theta's kind of number, one for each particle where they differ (see `Constants.spread`).
         """
-        unknown = math.inf if theta is None else theta.new_full(theta.shape[:-1], math.inf)
-        return Constants(*[unknown] * 7)
+        return Constants(*[math.inf] * 7)
 
     def hypotheses(self) -> tuple[Hypothesis, ...]:
-        """The audit of the block and its initial law against the hypotheses of the theorems, in fixed order."""
-        return audit(*[("not checkable", "the block is a function without a formula")] * 7)
+        """The audit of the block and its initial law against the hypotheses of the theorems, in fixed order.
+
+        Answers are proved for the very class that writes them down: a subclass may have another function or law.
+        """
+        answers = vars(type(self)).get("_answers")
+        if answers is None:
+            why = f"nothing is proved about {self.name}"
+            return tuple(Hypothesis(name, "not checkable", why) for name in HYPOTHESES)
+        return tuple(Hypothesis(name, *row) for name, row in zip(HYPOTHESES, answers(self), strict=True))
 
 
-def audit(*rows: tuple[str, str]) -> tuple[Hypothesis, ...]:
-    """The lines of an audit: answer and reason for each of `HYPOTHESES`, in that order."""
-    return tuple(Hypothesis(name, *row) for name, row in zip(HYPOTHESES, rows, strict=True))
+def check_fit(
+    block: Block,
+    theta: Float[Tensor, "*S M k"],
+    X: Float[Tensor, "n d"],
+    weights: Float[Tensor, " M"] | None = None,
+    **others: Tensor,
+) -> Float[Tensor, " M"]:
+    """Refuse what does not fit the block or the particles, and return the particles' weights, equal ones for None.
 
+    Args:
+        block: the block.
+        theta: particles; gives dtype and device.
+        X: inputs.
+        weights: the particles' weights, or None.
+        **others: further tensors of the same dtype and device.
 
-def check_dimension(d: int, least: int = 1) -> None:
-    """Refuse a dimension that is not an integer >= `least`."""
-    if isinstance(d, bool) or not isinstance(d, int):
-        raise TypeError(f"d is {d!r}; an integer is needed")
-    if d < least:
-        raise ValueError(f"d is {d}; an integer >= {least} is needed")
+    Returns:
+        Weights ``(M,)``, nonnegative, of sum 1 up to rounding.
+
+    Raises:
+        ValueError: another number of parameters or coordinates than the block's, another dtype or device than that of
+            theta, a negative weight, or weights of another sum.
+    """
+    if theta.shape[-1] != block.k:
+        raise ValueError(f"theta has shape {tuple(theta.shape)}; (..., M, {block.k}) is needed for {block.name}")
+    if X.shape[1] != block.d:
+        raise ValueError(f"X has shape {tuple(X.shape)}; (n, {block.d}) is needed for {block.name}")
+    for name, A in {"X": X, "weights": weights, **others}.items():
+        if A is not None and (A.dtype != theta.dtype or A.device != theta.device):
+            found = f"theta is {theta.dtype} on {theta.device}, {name} is {A.dtype} on {A.device}"
+            raise ValueError(f"{found}; make them equal")
+    M = theta.shape[-2]
+    if weights is None:
+        return theta.new_full((M,), 1 / M)
+    total = math.fsum(weights.tolist())
+    if not abs(total - 1) <= 1e3 * torch.finfo(weights.dtype).eps or bool((weights < 0).any()):
+        found = f"weights sum to {total:.9g}, the smallest is {float(weights.min()):.3g}"
+        raise ValueError(f"{found}; weights >= 0 of sum 1 are needed")
+    return weights
 
 
 def check_positive(name: str, value: float) -> None:
     """Refuse a number that is not positive and finite."""
     if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
         raise ValueError(f"{name} is {value!r}; a positive finite number is needed")
-
-
-def reached(theta: Tensor | None, radius: float | None) -> float:
-    """The radius that is meant when none is given: 0 around particles, no limit without them."""
-    if radius is None:
-        return math.inf if theta is None else 0.0
-    return radius
-
-
-def norm(x: Tensor) -> Tensor:
-    """The Euclidean norm over the last axis."""
-    return torch.linalg.vector_norm(x, dim=-1)
 
 
 @dataclass(frozen=True)
@@ -187,12 +270,13 @@ class Custom(Block):
     k: int
 
     def __post_init__(self) -> None:
-        check_dimension(self.d)
-        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
-            raise ValueError(f"k is {self.k!r}; a positive integer is needed")
+        count("d", self.d, 1)
+        count("k", self.k, 1)
         if not callable(self.function):
             raise TypeError(f"function is {type(self.function).__name__}; a function of z and theta is needed")
-        z, theta = torch.zeros(2, 1, self.d, dtype=torch.float64), torch.zeros(1, 3, self.k, dtype=torch.float64)
+        z, theta = (
+            torch.zeros(*shape, dtype=torch.float64, device="cpu") for shape in ((2, 1, self.d), (1, 3, self.k))
+        )
         found = self.function(z, theta)
         if not isinstance(found, Tensor) or tuple(found.shape) != (2, 3, self.d):
             shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__

@@ -6,12 +6,12 @@ from fractions import Fraction
 import pytest
 import torch
 import torch.nn.functional as F
+from making import gaussian
 from torch import nn
 
 from companion import data, networks, rigor
-from companion.beyond_ntk import gap_and_rate as loss_gap
-from companion.beyond_ntk import vision
-from companion.beyond_ntk.gap_and_rate import certify_gap, certify_rate, duplicate_floor_lower, loss_bounds
+from companion.beyond_ntk import certificates, vision
+from companion.beyond_ntk.certificates import certify_gap, certify_rate, duplicate_floor_lower, loss_bounds
 from companion.rigor import modules as enclosures
 
 try:
@@ -20,10 +20,6 @@ except ImportError:  # the extra `certify`
     flint = None
 
 needs_flint = pytest.mark.skipif(flint is None, reason="python-flint is not installed")
-
-
-def gaussian(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def mlp(widths, seed=0, **options):
@@ -67,7 +63,7 @@ def loss_trials(seeds, shrink=1.0):
     for seed in seeds:
         g = torch.Generator().manual_seed(seed)
         N, K = (int(n) for n in torch.randint(2, 5, (2,), generator=g))
-        loss = loss_gap.LOSSES[seed % 2]
+        loss = certificates.LOSSES[seed % 2]
         size = 10.0 ** float(torch.randint(-3, 3, (), generator=g))
         q = torch.randn(N, K, dtype=torch.float64, generator=g) * size
         y = labels(N, K, seed)
@@ -107,8 +103,8 @@ def test_a_forgotten_radius_is_caught():
 
 @needs_flint
 def test_forgotten_rounding_is_caught(monkeypatch):
-    monkeypatch.setattr(loss_gap, "UNIT", 0.0)
-    monkeypatch.setattr(loss_gap, "_GROW", 1.0)
+    monkeypatch.setattr(certificates, "UNIT", 0.0)
+    monkeypatch.setattr(certificates, "_GROW", 1.0)
     assert loss_trials(range(2000), shrink=1.0)[0] > 0
 
 
@@ -200,7 +196,7 @@ def test_equal_inputs_with_different_targets_are_subtracted():
 
 
 @needs_flint
-@pytest.mark.parametrize("loss", loss_gap.LOSSES)
+@pytest.mark.parametrize("loss", certificates.LOSSES)
 def test_gap_bounds_the_true_network_s_loss(loss):
     """Networks in ball arithmetic: Linear and ReLU are rational, so the truth is exact."""
     for seed in range(40):
@@ -267,7 +263,7 @@ def test_float32_networks_have_a_gap_too():
     assert targets.holds
 
 
-@pytest.mark.parametrize("loss", loss_gap.LOSSES)
+@pytest.mark.parametrize("loss", certificates.LOSSES)
 @pytest.mark.parametrize("bias", [True, False])
 def test_ridge_gap_against_the_optimum(loss, bias):
     """The optimum of the regularized last layer, found by Newton's method, is never below what the gap allows."""
@@ -320,7 +316,7 @@ def test_rate_brackets_the_spectrum():
     assert found["contraction"] == pytest.approx((found["sigma_min"] / found["sigma_max"]) ** 2, rel=1e-8)
 
 
-@pytest.mark.parametrize("loss", loss_gap.LOSSES)
+@pytest.mark.parametrize("loss", certificates.LOSSES)
 def test_gradient_descent_obeys_the_rate(loss):
     X, model = gaussian(12, 4), mlp((4, 30, 3), activation=nn.Tanh)
     y = gaussian(12, 3, seed=1) if loss == "squared" else labels(12, 3)

@@ -22,10 +22,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, fx, nn
 
 from companion import rigor
-from companion.beyond_ntk.expressivity import LIBRARY, Head, equal_inputs, head, library_row, silent
-from companion.certificate import Certificate, assumed, compare
+from companion.beyond_ntk.expressivity import LIBRARY, library_row
+from companion.certificate import Certificate, assumed, compare, silent
+from companion.data import equal_inputs
+from companion.networks.reading import Head, NoEnclosure, head
 from companion.rigor import modules
-from companion.rigor.modules import BATCH, NoEnclosure
+from companion.rigor.modules import BATCH
 from companion.rigor.rounding import UNIT, gamma, round_down, round_up
 
 Loss = Literal["squared", "cross_entropy"]

@@ -1,0 +1,103 @@
+"""Lesson 5's exact examples, the numbers that can be checked by hand."""
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from making import e1_at, gaussian
+
+from companion import basins, networks
+from companion.basins import shallow
+
+F64 = torch.float64
+
+
+def test_e1_is_a_strict_minimum_above_a_global_one():
+    d = shallow.loss_derivatives(*e1_at(), "sin")
+    assert float(d.loss) == pytest.approx(9, abs=1e-12)
+    assert float(d.gradient.abs().max()) < 1e-12
+    torch.testing.assert_close(d.hessian[0], torch.diag(torch.tensor([2.0, 24.0], dtype=F64)), atol=1e-12, rtol=0)
+    assert float(shallow.loss_derivatives(*e1_at(math.pi / 6, -4.0), "sin").loss) < 1e-12
+
+
+def test_e1s_saddles_and_barrier():
+    saddle = shallow.loss_derivatives(*e1_at(math.asin(math.sqrt(7 / 8)), 0.0), "sin")
+    assert float(saddle.loss) == pytest.approx(10, abs=1e-12)
+    assert float(saddle.gradient.abs().max()) < 1e-12
+    values = torch.linalg.eigvalsh(saddle.hessian[0])
+    assert float(values[0]) == pytest.approx(-9.36771, abs=1e-5)
+    assert float(values.prod()) == pytest.approx(-98, abs=1e-9)
+
+
+def test_e1_with_soft_labels_and_cross_entropy():
+    p = torch.tensor([[5 / 12], [1 / 12]], dtype=F64)
+    weights, X, _ = e1_at(v=math.log(2))
+    d = shallow.loss_derivatives(weights, X, p, "sin", loss="logistic")
+    torch.testing.assert_close(
+        d.hessian[0], torch.diag(torch.tensor([4 / 9, 2 * math.log(2)], dtype=F64)), atol=1e-12, rtol=0
+    )
+    assert float(d.loss) == pytest.approx(1.273028, abs=1e-6)
+    lower, _, _ = e1_at(math.pi / 6, -2.0)
+    assert float(shallow.loss_derivatives(lower, X, p, "sin", loss="logistic").loss) == pytest.approx(
+        1.023523, abs=1e-6
+    )
+
+
+def test_e4_is_a_strict_minimum_with_an_indefinite_dual_hessian():
+    weights, X, Y = basins.example_e4().tensors()
+    d = shallow.loss_derivatives(weights, X, Y, "exp")
+    assert float(d.loss) == pytest.approx(2673 / 512, abs=1e-12)
+    expected = torch.tensor([0.5, 3.16281, 11.49344], dtype=F64)
+    torch.testing.assert_close(torch.linalg.eigvalsh(d.hessian[0]), expected, atol=1e-5, rtol=0)
+    _, _, hess = shallow.dual_function(d.e, X, "exp", weights[0])
+    torch.testing.assert_close(hess[0, 0], torch.diag(torch.tensor([4.5, -1.5], dtype=F64)), atol=1e-10, rtol=0)
+    certificate = basins.example_e4().certificate()
+    assert certificate.status == "exact"
+    assert certificate.quantities["L"] == Fraction(2673, 512)
+    assert certificate.quantities["L of the competitor"] == pytest.approx(4.269249, abs=1e-6)
+
+
+def test_e1s_certificate_is_exact():
+    certificate = basins.example_e1().certificate()
+    assert certificate.holds
+    assert certificate.status == "exact"
+    assert certificate.quantities["L"] == 9
+
+
+@pytest.mark.parametrize("loss_floor", [2, 50])
+def test_the_valley_of_the_deep_net_stands_at_every_last_width(loss_floor):
+    """Two bias-free ReLU layers, first width 1: the sign of w decides which sample is seen at all."""
+    m, X, Y = loss_floor, torch.tensor([[1.0], [-1.0]], dtype=F64), torch.tensor([[1.0], [2.0]], dtype=F64)
+
+    def least(w):
+        W2 = gaussian(1, m, seed=3).abs()
+        H = networks.features([torch.tensor([[w]], dtype=F64), W2, torch.ones(m, 1, dtype=F64)], X)[-1][0]
+        return 0.5 * float(((H @ torch.linalg.pinv(H) @ Y - Y) ** 2).sum())
+
+    assert least(1.0) == pytest.approx(2, abs=1e-12)
+    assert least(-1.0) == pytest.approx(0.5, abs=1e-12)
+    assert least(0.0) == pytest.approx(2.5, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("act", "a", "base"),
+    [
+        ("exp", (0, -1), 2),
+        ("tanh", (1,), 2),
+        ("sigmoid", (1, -2), 3),
+        ("sin", (1, 2), (Fraction(3, 5), Fraction(4, 5))),
+    ],
+)
+def test_exact_bad_minima_agree_with_floating_point(act, a, base):
+    found = basins.exact_bad_minimum(act, a, range(1, 2 * len(a) + 2), base)
+    certificate = found.certificate()
+    assert certificate.holds
+    weights, X, Y = found.tensors()
+    d = shallow.loss_derivatives(weights, X, Y, act)
+    exact = found.point.derivatives(found.X, found.y)
+    torch.testing.assert_close(d.hessian[0], torch.tensor([[float(t) for t in r] for r in exact.hessian]).double())
+    assert float(d.gradient.abs().max()) < 1e-12
+    assert float(torch.linalg.eigvalsh(d.hessian)[0, 0]) > 0
+    lower = shallow.loss_derivatives(found.competitor.weights(), X, Y, act).loss
+    assert float(lower) < float(d.loss)
