@@ -27,8 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from companion.mean_field import resnets
-from companion.mean_field.blocks import ReluMLP
+from companion import mean_field as mf
 
 SIZES = {"S": 8, "L": 256, "M": 512, "d": 16, "n": 64}
 QUICK = {"S": 2, "L": 8, "M": 64, "d": 16, "n": 64}
@@ -49,9 +48,9 @@ def problem(sizes: dict[str, int], device: str = "cpu", dtype: torch.dtype = tor
 
 def ours(p: Problem, fresh: bool) -> Callable[[], tuple[Tensor, Tensor]]:
     theta, X, y, v = p
-    block = ReluMLP(X.shape[1])
+    block = mf.ReluMLP(X.shape[1])
     out = None if fresh else torch.zeros_like(theta)
-    return lambda: resnets.rescaled_gradient(block, theta, X, y, v, out=out)
+    return lambda: mf.rescaled_gradient(block, theta, X, y, v, out=out)
 
 
 def floor(p: Problem) -> Callable[[], None]:

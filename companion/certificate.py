@@ -11,6 +11,7 @@ and a status that says how far the comparison can be trusted:
 
 from __future__ import annotations
 
+import decimal
 import html
 import json
 import math
@@ -49,10 +50,19 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
-def show(value: Any, digits: int = 3) -> str:
+def show(value: Any, digits: int = 3, side: str = "") -> str:
     """Print a number with `digits` significant digits, and everything else as it is.
 
     Few digits survive a change of processor: the lessons' stored outputs are compared as text.
+
+    Args:
+        value: what to print.
+        digits: significant digits.
+        side: ``"down"`` or ``"up"`` to print no more, or no less, than the value, so that a bound holds as it is
+            printed; empty for the nearest.
+
+    Returns:
+        The text.
     """
     value = plain(value)
     if value is None:
@@ -62,11 +72,33 @@ def show(value: Any, digits: int = 3) -> str:
     if isinstance(value, int):
         return f"{value}"
     if isinstance(value, float):
-        return "0" if value == 0 else f"{value:.{digits}g}"
+        return _rounded(value, digits, side)
     if isinstance(value, list):
-        shown = [show(v, digits) for v in value[:8]]
+        shown = [show(v, digits, side) for v in value[:8]]
         return "(" + ", ".join(shown + ["…"] * (len(value) > 8)) + ")"
     return str(value)
+
+
+def _rounded(value: float, digits: int, side: str) -> str:
+    if value == 0 or not math.isfinite(value):
+        return f"{value:.0f}".replace("-0", "0")
+    text = f"{value:.{digits}g}"
+    if (side == "down" and float(text) > value) or (side == "up" and float(text) < value):
+        exact = decimal.Decimal(value)
+        place = decimal.Decimal(1).scaleb(exact.adjusted() - digits + 1)
+        toward = decimal.ROUND_FLOOR if side == "down" else decimal.ROUND_CEILING
+        text = f"{exact.quantize(place, rounding=toward, context=_LONG):.{digits}g}"
+    return f"{float(text):.{digits}g}"
+
+
+_LONG = decimal.Context(prec=800)  # every float is a decimal of fewer digits
+
+
+def _side(name: str) -> str:
+    """The side on which a quantity still holds when it is printed: what is promised at most down, at least up."""
+    if name.startswith(("max_", "largest_", "rate", "loss_lower", "floor")):
+        return "down"
+    return "up" if name.startswith(("min_", "width", "gap", "bound", "distance", "loss_upper")) else ""
 
 
 @dataclass(frozen=True)
@@ -120,6 +152,7 @@ class Certificate:
         quantities: what the theorem predicts (rates, steps, radii), by name.
         reason: a short machine-readable reason, empty when the certificate holds, then optionally ``: detail``.
         members: for an ensemble, one certificate for each network; empty for a single network.
+        says: what was gained, in a few words for the first line; a bound that says nothing is called vacuous here.
     """
 
     theorem: str
@@ -128,6 +161,7 @@ class Certificate:
     quantities: dict[str, Any] = field(default_factory=dict)
     reason: str = ""
     members: tuple[Certificate, ...] = ()
+    says: str = ""
 
     def __post_init__(self) -> None:
         if self.holds and not all(a.holds for a in self.assumptions):
@@ -150,7 +184,8 @@ class Certificate:
         if not self.holds:
             return f"not shown{count}: {self.reason}"
         words = {"measured": "holds in floating point", "certified": "certified", "exact": "exact"}
-        return words.get(self.status, "holds if the assumptions do") + count
+        verdict = words.get(self.status, "holds if the assumptions do") + count
+        return f"{verdict}: {self.says}" if self.says else verdict
 
     def to_dict(self) -> dict[str, Any]:
         """The certificate as a dictionary that JSON can hold."""
@@ -165,17 +200,21 @@ class Certificate:
         rows = []
         for a in self.assumptions:
             nothing = a.measured is None and a.required is None
-            relation = "" if nothing else f"{SYMBOLS.get(a.relation, a.relation)} {show(a.required)}"
+            side = {"<": "down", ">": "up"}.get(a.relation[:1], "")
+            relation = "" if nothing else f"{SYMBOLS.get(a.relation, a.relation)} {show(a.required, side=side)}"
             mark = "assumed" if a.status == "assumed" else ("yes" if a.holds else "NOT SHOWN")
             rows.append((a.name, "" if nothing else show(a.measured), relation, a.status, mark))
         return rows
+
+    def _quantities(self) -> list[tuple[str, str]]:
+        return [(name, show(value, side=_side(name))) for name, value in self.quantities.items()]
 
     def __str__(self) -> str:
         rows = [("assumption", "found", "needed", "status", "holds"), *self.rows()]
         widths = [max(len(r[c]) for r in rows) for c in range(5)]
         lines = [f"{self.theorem}: {self.verdict()}"]
         lines += ["  " + "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows]
-        lines += [f"  {name} = {show(value)}" for name, value in self.quantities.items()]
+        lines += [f"  {name} = {text}" for name, text in self._quantities()]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -183,7 +222,9 @@ class Certificate:
     def _repr_html_(self) -> str:
         head = html_row(("assumption", "found", "needed", "status", "holds"), "th")
         body = "".join(html_row(r, "td") for r in self.rows())
-        rest = ", ".join(f"{html.escape(n)} = {html.escape(show(v))}" for n, v in self.quantities.items())
+        rest = ", ".join(
+            f"{html.escape(n)} = {html.escape(show(v, side=_side(n)))}" for n, v in self.quantities.items()
+        )
         return (
             f'<table class="certificate"><caption><b>{html.escape(self.theorem)}</b>: {html.escape(self.verdict())}'
             f"</caption><thead>{head}</thead><tbody>{body}</tbody></table>"

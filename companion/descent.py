@@ -139,7 +139,8 @@ def iterate(
     record = _Record(steps, every, dict(observe or {}))
     store = None
     if checkpoint is not None:
-        settings = {"steps": steps, "every": every, "observables": sorted(record.observe)}
+        observables = {name: runs.identity(f) for name, f in sorted(record.observe.items())}
+        settings = {"steps": steps, "every": every, "observables": observables, "step function": runs.identity(step_)}
         store = _Checkpoint(Path(checkpoint), {**(config or {}), **settings, "initial parameters": list(params)})
     params = [p.detach().clone(memory_format=torch.contiguous_format) for p in params]
     k = store.load(params, record) if store else 0
@@ -320,8 +321,14 @@ def train(
     if chunk is None:
         chunk = default_chunk([W.shape for W in weights], X, keep_gradients=update is not None, two=sigma.pull is None)
     chunk = min(runs.count("chunk", chunk, 1), len(weights[0]))
-    rule = None if update is None else f"{getattr(update, '__module__', '')}.{getattr(update, '__qualname__', update)}"
-    config = {"X": X, "Y": Y, "step": eta, "activation": sigma.name, "chunk": chunk, "update": rule if update else None}
+    config = {
+        "X": X,
+        "Y": Y,
+        "step": eta,
+        "activation": sigma.name,
+        "chunk": chunk,
+        "update": update and runs.identity(update),
+    }
     step_ = _Descent(X, Y, eta, sigma, chunk, update)
     return iterate(
         weights,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import inspect
 import json
 import operator
 import os
@@ -109,6 +111,39 @@ def digest(value: Any) -> str:
     return sha.hexdigest()
 
 
+def identity(function: Callable[..., Any]) -> list[Any]:
+    """Describe a function so that another one of the same name is told apart: name, source, what it encloses and binds.
+
+    Args:
+        function: a function, a partial of one, or an object that can be called (known by its class).
+
+    Returns:
+        A list that `digest` and JSON can hold.
+    """
+    if isinstance(function, functools.partial):
+        bound = [_describe(value) for value in function.args]
+        bound += [[name, _describe(value)] for name, value in sorted(function.keywords.items())]
+        return [*identity(function.func), bound]
+    plain = function if hasattr(function, "__qualname__") else type(function)
+    try:
+        source = inspect.getsource(plain)
+    except (OSError, TypeError):
+        source = ""
+    enclosed = [_describe(cell.cell_contents) for cell in getattr(function, "__closure__", None) or ()]
+    if plain.__qualname__.endswith("<lambda>"):  # several may stand in the same lines
+        code = function.__code__
+        enclosed += [code.co_code.hex(), [_describe(c) for c in code.co_consts], list(code.co_names)]
+    return [f"{plain.__module__}.{plain.__qualname__}", source, enclosed]
+
+
+def _describe(value: Any) -> Any:
+    """A value's digest, or the kind of thing it is where it has none."""
+    try:
+        return digest(value)
+    except (TypeError, ValueError):
+        return identity(value) if inspect.isfunction(value) else type(value).__qualname__
+
+
 def _has_tensors(values: list[Any]) -> bool:
     return any(isinstance(v, Tensor) for v in values)
 
@@ -162,6 +197,7 @@ def read_tensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, An
     Raises:
         ValueError: the file is damaged.
     """
+    path.open("rb").close()  # a file that may not be read is no damaged file: the system's own sentence
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -169,7 +205,7 @@ def read_tensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, An
         if header.pop("sha256", None) != _checksum(tensors, header):
             raise ValueError("its checksum does not fit")
         return tensors, {k: json.loads(v) for k, v in header.items()}
-    except (safetensors.SafetensorError, ValueError, OSError) as error:
+    except (safetensors.SafetensorError, ValueError) as error:
         raise ValueError(f"{what} {path} cannot be read ({error}); delete it to start afresh") from error
 
 

@@ -76,3 +76,15 @@ def relu_problem(N, d, widths, seed, *, beta=1.0, S=None, radius=1.0):
     X, Y = data.sphere(N, d, generator, radius=radius), data.signs(N, generator)
     schemes = ["gaussian"] + ["lecun"] * (len(widths) - 2)
     return X, Y, networks.init_mlp(widths, scheme=schemes, beta=beta, zero_last=True, S=S, generator=generator)
+
+
+def near_net(block, L, M, n, gap, seed, scale=1.0):
+    """A random mean-field net, inputs, targets within about `gap` of its outputs, and a readout."""
+    from companion import mean_field as mf
+
+    generator, F64 = seeded(seed), torch.float64
+    theta = torch.randn(1, L, M, block.k, generator=generator, dtype=F64) * scale
+    X = torch.linspace(-1.5, 1.5, n, dtype=F64)[:, None] + 0.1 * torch.randn(n, block.d, generator=generator, dtype=F64)
+    v = torch.randn(block.d, generator=generator, dtype=F64).abs() + 0.2
+    outputs = mf.forward(block, theta, X)[-1, 0] @ v
+    return theta, X, outputs + gap * torch.randn(n, generator=generator, dtype=F64), v

@@ -7,8 +7,6 @@ from fractions import Fraction
 import pytest
 import torch
 
-from companion import rigor
-
 
 def matrix(*rows):
     return torch.tensor(rows, dtype=torch.float64)
@@ -36,8 +34,13 @@ def singular(A):
 # --- Exact oracles ----------------------------------------------------------------------------------------------------
 
 
+def fractions(A):
+    """Every float of a matrix as the rational number it is."""
+    return [[Fraction(a) for a in row] for row in A.tolist()]
+
+
 def gram(A):
-    rows = rigor.to_fractions(A)
+    rows = fractions(A)
     return [[sum((a * b for a, b in zip(x, y, strict=True)), Fraction(0)) for y in rows] for x in rows]
 
 
@@ -64,14 +67,12 @@ def norm_below(A, s):
 
 
 def frobenius_square(A):
-    return sum((a * a for row in rigor.to_fractions(A) for a in row), Fraction(0))
+    return sum((a * a for row in fractions(A) for a in row), Fraction(0))
 
 
 def exact_product(A, B):
-    columns = list(zip(*rigor.to_fractions(B), strict=True))
-    return [
-        [sum((a * b for a, b in zip(x, y, strict=True)), Fraction(0)) for y in columns] for x in rigor.to_fractions(A)
-    ]
+    columns = list(zip(*fractions(B), strict=True))
+    return [[sum((a * b for a, b in zip(x, y, strict=True)), Fraction(0)) for y in columns] for x in fractions(A)]
 
 
 @contextlib.contextmanager

@@ -9,17 +9,16 @@ import torch
 from torch import Tensor
 
 from companion.basins.exact import Jets2, derivatives, ldl_pivots
-from companion.basins.shallow import check_shallow, loss_derivatives
+from companion.basins.shallow import check_shallow, loss_derivatives, recognized
 from companion.networks import Activation
 from companion.rigor.arbs import ball_functions, ends, flint
 
-# |sigma|, |sigma'|, |sigma''|, |sigma'''|; exp depends on the range
-BOUNDS = {
+BOUNDS = {  # |sigma^(k)| <= b_k, k = 0..3; exp depends on the range
     "sin": (1.0, 1.0, 1.0, 1.0),
     "cos": (1.0, 1.0, 1.0, 1.0),
-    "tanh": (1.0, 1.0, 0.7699, 2.0),
-    "sigmoid": (1.0, 0.25, 0.09623, 0.125),
-    "gauss": (1.0, 0.6066, 1.0, 1.3802),
+    "tanh": (1.0, 1.0, 0.7699, 2.0),  # 4 / 3^(3/2)
+    "sigmoid": (1.0, 0.25, 0.09623, 0.125),  # 3^(1/2) / 18
+    "gauss": (1.0, 0.6066, 1.0, 1.3802),  # e^(-1/2); t (3 - t^2) e^(-t^2 / 2) at t^2 = 3 - 6^(1/2)
 }
 
 
@@ -37,10 +36,16 @@ class Kantorovich(NamedTuple):
     holds: Tensor
 
 
-def kantorovich(weights: Sequence[Tensor], X: Tensor, Y: Tensor, act: str | Activation) -> Kantorovich:
+def kantorovich(
+    weights: Sequence[Tensor], X: Tensor, Y: Tensor, act: str | Activation, radius: float | None = None
+) -> Kantorovich:
     """If ``M gamma <= lambda^2 / 4`` and ``2 gamma / lambda < r``, a strict minimum lies within ``2 gamma / lambda``.
 
-    ``M = sum_n 3 G_1 G_2 + (|e_n| + r G_1) G_3`` bounds the third derivative on the ball of radius r, with
+    On that ball ``Hess L >= lambda - 2 M gamma / lambda >= lambda / 2``, and on its boundary, at ``s = 2 gamma /
+    lambda``, the slope outwards is at least ``-gamma + lambda s - M s^2 / 2 >= gamma / 2``.
+
+    ``M = sum_n 3 G_1 G_2 + (|e_n| + r G_1) G_3`` bounds the third derivative on the ball of radius r: with
+    ``|f'| <= G_1``, ``|f''| <= G_2``, ``|f'''| <= G_3`` at every input, ``L''' = sum_n 3 f' f'' + e f'''``.  Here
     ``G_1^2 = m b_0^2 + b_1^2 (||v|| + r)^2 ||x||^2``, ``G_2 = b_1 ||x|| + b_2 V ||x||^2``,
     ``G_3 = 3 b_2 ||x||^2 + b_3 V ||x||^3``, ``V = max |v_j| + r`` and ``|sigma^(k)| <= b_k``.
 
@@ -49,35 +54,43 @@ def kantorovich(weights: Sequence[Tensor], X: Tensor, Y: Tensor, act: str | Acti
         X: inputs, shape (N, D) or (S, N, D).
         Y: targets, shape (N, 1) or (S, N, 1).
         act: sin, cos, tanh, sigmoid, gauss or exp.
+        radius: r; None for ``3 gamma / lambda``, at most 10^6.
 
     Returns:
         The `Kantorovich` numbers, each (S,).
 
     Raises:
         TypeError: not float64.
-        ValueError: an activation whose derivatives have no known bounds.  Source: derived in lesson 5.
+        ValueError: an activation whose derivatives have no known bounds.
+
+    Source: Kantorovich's theorem for the gradient; the bound M is derived above.
     """
     (W, V), sigma = check_shallow(weights, X, Y, act)
-    if sigma.name not in BOUNDS and sigma.name != "exp":
-        raise ValueError(f"act is {sigma.name!r}; one of {', '.join(BOUNDS)} or exp is needed for bounds")
+    if not recognized(sigma, "exp", *BOUNDS):
+        raise ValueError(f"act is {sigma.name!r}; companion's own {', '.join(BOUNDS)} or exp is needed for bounds")
     d = loss_derivatives(weights, X, Y, act)
     values = torch.linalg.eigvalsh(d.hessian)
     gamma, smallest = torch.linalg.vector_norm(d.gradient, dim=1), values[:, 0]
-    radius = (3 * gamma / smallest.clamp_min(1e-300)).clamp(1e-14, 1e6)
-    r, m = radius[:, None], W.shape[2]
+    reach = 3 * gamma / smallest.clamp_min(1e-300) if radius is None else torch.full_like(gamma, radius)
+    reach = reach.clamp(1e-14, 1e6)
+    M = _third_derivative(W, V[..., 0], X, d.e, sigma.name, reach[:, None])
+    holds = (smallest > 0) & (M * gamma <= smallest**2 / 4) & (2 * gamma < smallest * reach)
+    return Kantorovich(gamma, smallest, values[:, -1], M, reach, holds)
+
+
+def _third_derivative(W: Tensor, v: Tensor, X: Tensor, e: Tensor, act: str, r: Tensor) -> Tensor:
+    """M of `kantorovich` on the balls of radius r (S, 1)."""
+    m = W.shape[2]
     x = torch.linalg.vector_norm(X, dim=-1).expand(len(W), -1)  # (S, N)
-    if sigma.name == "exp":
-        top = torch.exp(((X @ W).amax(-1) + r * x).amax(1, keepdim=True))
-        b = (top,) * 4
+    if act == "exp":
+        b_0 = b_1 = b_2 = b_3 = torch.exp(((X @ W).amax(-1) + r * x).amax(1, keepdim=True))
     else:
-        b = BOUNDS[sigma.name]
-    size, biggest = torch.linalg.vector_norm(V[..., 0], dim=1)[:, None] + r, V[..., 0].abs().amax(1)[:, None] + r
-    G_1 = (m * b[0] ** 2 + (b[1] * size * x) ** 2) ** 0.5
-    G_2 = b[1] * x + b[2] * biggest * x**2
-    G_3 = 3 * b[2] * x**2 + b[3] * biggest * x**3
-    M = (3 * G_1 * G_2 + (d.e.abs() + r * G_1) * G_3).sum(1)
-    holds = (smallest > 0) & (M * gamma <= smallest**2 / 4) & (2 * gamma < smallest * radius)
-    return Kantorovich(gamma, smallest, values[:, -1], M, radius, holds)
+        b_0, b_1, b_2, b_3 = BOUNDS[act]
+    size, largest = torch.linalg.vector_norm(v, dim=1)[:, None] + r, v.abs().amax(1)[:, None] + r
+    G_1 = (m * b_0**2 + (b_1 * size * x) ** 2) ** 0.5
+    G_2 = b_1 * x + b_2 * largest * x**2
+    G_3 = 3 * b_2 * x**2 + b_3 * largest * x**3
+    return (3 * G_1 * G_2 + (e.abs() + r * G_1) * G_3).sum(1)
 
 
 # --- in balls ---------------------------------------------------------------------------------------------------------
@@ -135,7 +148,7 @@ def krawczyk(W: Tensor, v: Tensor, X: Tensor, y: Tensor, act: str) -> Krawczyk:
         return ball_derivatives([balls[m + j * D : m + (j + 1) * D] for j in range(m)], balls[:m], X, y, act)
 
     here = at([arb(t) for t in theta])
-    H = torch.tensor([[float(t.mid()) for t in row] for row in here.hessian], dtype=torch.float64)
+    H = torch.tensor([[float(t.mid()) for t in row] for row in here.hessian], dtype=torch.float64, device="cpu")
     low, high = ends(here.loss)
     if int(torch.linalg.matrix_rank(H)) < len(H):
         return Krawczyk(None, 0.0, low, high)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from companion.arguments import checked
 from companion.basins.shallow import Trained, loss_derivatives
 from companion.networks import Activation
 
@@ -34,6 +35,7 @@ class Endpoints:
         return float((self.label == CLASSES.index(name)).double().mean())
 
 
+@checked(double=True)
 def classify_endpoints(
     trained: Trained,
     X: Float[Tensor, "*x N D"],

@@ -159,8 +159,21 @@ class ExactPoint:
     multiples: tuple[tuple[int, ...], ...]
     v: tuple[Fraction, ...]
 
+    def __post_init__(self) -> None:
+        check_base(self.act, self.base)
+        sizes = {len(a) for a in self.multiples}
+        if len(sizes) != 1 or 0 in sizes or len(self.multiples) != len(self.v):
+            raise ValueError(
+                f"multiples hold {len(self.multiples)} neurons of {sorted(sizes)} integers, v {len(self.v)} numbers; "
+                "as many of each, all of D integers, are needed"
+            )
+
     def jets(self, X: Sequence[Sequence[int]]) -> list[list[Jet]]:
         """``jets[n][j]``, the 2-jet of neuron j at input n."""
+        if len(X[0]) != len(self.multiples[0]):
+            raise ValueError(
+                f"X has {len(X[0])} columns, the neurons take {len(self.multiples[0])}; they must be equal"
+            )
         products = [[sum(a * x for a, x in zip(w, row, strict=True)) for w in self.multiples] for row in X]
         return [[exact_jet(self.act, self.base, k) for k in row] for row in products]
 
@@ -171,26 +184,51 @@ class ExactPoint:
     def weights(self) -> list[Tensor]:
         """The nearest floating-point weights ``[W, V]``, shapes (D, m) and (m, 1)."""
         u = math.atan2(self.base[1], self.base[0]) if self.act == "sin" else math.log(self.base)
-        W = torch.tensor(self.multiples, dtype=torch.float64).T * u
-        return [W.contiguous(), torch.tensor([[float(t)] for t in self.v], dtype=torch.float64)]
+        W = torch.tensor(self.multiples, dtype=torch.float64, device="cpu").T * u
+        V = torch.tensor([[float(t)] for t in self.v], dtype=torch.float64, device="cpu")
+        return [W.contiguous(), V]
 
 
 def integers(X: Any) -> tuple[tuple[int, ...], ...]:
     """Inputs as tuples of integers, refused when they are not integers; very large ones make very long fractions.
 
     Raises:
-        ValueError: an entry that is not an integer, or beyond 10^4 in size (its powers would fill the memory).
+        ValueError: no rows or rows of different lengths, an entry that is not an integer, or beyond 10^4 in size (its
+            powers would fill the memory).
     """
-    rows = X.tolist() if isinstance(X, Tensor) else [r if isinstance(r, list | tuple) else [r] for r in X]
-    out = []
-    for n, row in enumerate(rows):
-        for t in row:
-            if Fraction(t).denominator != 1:
-                raise ValueError(f"X holds {t} in row {n}; exact arithmetic needs integer inputs")
-            if abs(t) > 10_000:
-                raise ValueError(f"X holds {t} in row {n}; beyond 10000 exact powers get too long, rescale the inputs")
-        out.append(tuple(int(t) for t in row))
-    return tuple(out)
+    rows = _rationals("X", X)
+    for n, t in ((n, t) for n, row in enumerate(rows) for t in row):
+        if t.denominator != 1:
+            raise ValueError(f"X holds {t} in row {n}; exact arithmetic needs integer inputs")
+        if abs(t) > 10_000:
+            raise ValueError(f"X holds {t} in row {n}; beyond 10000 exact powers get too long, rescale the inputs")
+    return tuple(tuple(map(int, row)) for row in rows)
+
+
+def targets(Y: Any) -> list[Fraction]:
+    """Targets of one output as fractions; floats are the rational numbers they are.
+
+    Raises:
+        ValueError: no rows, several columns, or what is no finite number.
+    """
+    rows = _rationals("Y", Y)
+    if len(rows[0]) != 1:
+        raise ValueError(f"Y has {len(rows[0])} columns; one target for each input is needed")
+    return [t for (t,) in rows]
+
+
+def _rationals(name: str, A: Any) -> list[list[Fraction]]:
+    """Rows of fractions from a tensor, from rows, or from a column of numbers."""
+    try:
+        rows = [list(r) if isinstance(r, list | tuple) else [r] for r in (A.tolist() if isinstance(A, Tensor) else A)]
+        rows = [[Fraction(t) for t in row] for row in rows]
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{name} is {A!r}; rows of finite rational numbers are needed") from None
+    if not rows or {len(row) for row in rows} != {len(rows[0]) or 1}:
+        raise ValueError(
+            f"{name} has rows of {sorted({len(row) for row in rows})} numbers; rows of one length are needed"
+        )
+    return rows
 
 
 def best_exact_neuron(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from companion import rigor
+from companion.arguments import checked
 from companion.basins import exact, langevin
 from companion.basins.certificates import certify_strict_minimum
 from companion.basins.exact import ExactPoint
@@ -29,8 +30,8 @@ class ExactMinimum:
 
     def tensors(self) -> tuple[list[Tensor], Tensor, Tensor]:
         """The nearest floating-point ``[W, V]``, X (N, D) and Y (N, 1)."""
-        Y = torch.tensor([[float(t)] for t in self.y], dtype=torch.float64)
-        return self.point.weights(), torch.tensor(self.X, dtype=torch.float64), Y
+        Y = torch.tensor([[float(t)] for t in self.y], dtype=torch.float64, device="cpu")
+        return self.point.weights(), torch.tensor(self.X, dtype=torch.float64, device="cpu"), Y
 
     def certificate(self) -> Certificate:
         """The exact certificate of `certify_strict_minimum`."""
@@ -39,8 +40,9 @@ class ExactMinimum:
         )
 
 
+@checked
 def exact_bad_minimum(act: str, a: Sequence[int], x: Sequence[int], base: Any) -> ExactMinimum:
-    """Theorem N (a) in rationals, one input: ``w_j = a_j u`` on integers x, e from the left kernel of the nodes.
+    """Theorem N in rationals, one input: ``w_j = a_j u`` on integers x, e from the left kernel of the nodes.
 
     The nodes ``[sigma(w_j x), x sigma'(w_j x)]`` are 2m rational vectors; any e orthogonal to them with
     ``g_e''(w_j) != 0`` gives a strict minimum for ``y = H v - e``, and v is halved until one neuron beats it.
@@ -56,7 +58,9 @@ def exact_bad_minimum(act: str, a: Sequence[int], x: Sequence[int], base: Any) -
 
     Raises:
         ValueError: inputs that are not integers or repeat, too few of them, a base without rational features, or a
-            kernel in which every ``g_e''(w_j)`` vanishes.  Source: Theorem N, derived in lesson 5.
+            kernel in which every ``g_e''(w_j)`` vanishes.
+
+    Source: Theorem N, derived in lesson 5.
     """
     X = exact.integers([[t] for t in x])
     m, N = len(a), len(X)
@@ -109,6 +113,7 @@ def example_e4() -> ExactMinimum:
     return ExactMinimum(point, X, y, ExactPoint("exp", Fraction(2), ((2, 0),), (c,)))
 
 
+@checked
 def exit_time_of_e1(T: float, *, per_unit: int = 40) -> float:
     """Mean time in which noisy descent at temperature T takes E1's bad minimum below ``L = 4.5``, at width 1.
 

@@ -14,12 +14,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from companion.arguments import checked
 from companion.basins.shallow import check_shallow
 from companion.networks import Activation
 
 _BLOCK = 64  # steps whose noise is drawn together; finished walkers leave after each block
 
 
+@checked(double=True)
 def exit_times(
     weights: Sequence[Tensor],
     X: Float[Tensor, "N D"],
@@ -185,6 +187,7 @@ def _block_solve(diagonal: Tensor, left: Tensor, right: Tensor, down: Tensor, up
     return torch.stack(u[::-1])
 
 
+@checked
 def eyring_kramers(
     H_min: Float[Tensor, "p p"], H_saddle: Float[Tensor, "p p"], barrier: float, T: float, n_saddles: int = 1
 ) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,8 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from companion.basins.shallow import check_shallow, dual_function
-from companion.networks import Activation, activation
+from companion.arguments import checked
+from companion.basins.shallow import check_shallow, dual_function, loss_derivatives
+from companion.networks import Activation
+
+_ROUNDING = 1e-7  # curvature below this fraction of its terms may be nothing but rounding
 
 
 class Planted(NamedTuple):
@@ -24,6 +26,7 @@ class Planted(NamedTuple):
     competitor_loss: float
 
 
+@checked(double=True)
 def plant_bad_minimum(
     W: Float[Tensor, "D m"],
     e: Float[Tensor, " N"],
@@ -52,19 +55,21 @@ def plant_bad_minimum(
     Raises:
         TypeError: not float64.
         ValueError: ``e = 0`` or ``g_e = 0`` everywhere (every minimum is then global), g_e does not touch zero at W,
-            its Hessian there is not definite, dependent features, or a tau that is not positive.
-            Source: Theorem N, derived in lesson 5.
+            its Hessian there is not definite beyond rounding, dependent features, a tau that is not positive, or
+            numbers so ill-conditioned that the point found is no strict minimum in floating point.
+
+    Source: Theorem N, derived in lesson 5.
     """
     D, m = W.shape
-    check_shallow([W, W.new_ones(m, 1)], X, None, act)
-    if not (tau > 0 and math.isfinite(tau)):
+    _, sigma = check_shallow([W, W.new_ones(m, 1)], X, None, act)
+    if not tau > 0:
         raise ValueError(f"tau is {tau}; a positive finite number is needed")
-    if e.shape != X.shape[:1] or not bool(torch.isfinite(e).all()) or not float(e.abs().max()) > 0:
-        raise ValueError(f"e has shape {tuple(e.shape)}; {X.shape[0]} finite numbers, not all zero, are needed")
-    sigma = activation(act)
+    if not float(e.abs().max()) > 0:
+        raise ValueError("e is zero; a normal that is not zero is needed")
     H = sigma.value(X @ W)  # (N, m)
-    pool = torch.randn(D, 4000, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    pool = pool * torch.logspace(-1, 1, 4000, dtype=torch.float64) / float(X.square().mean().sqrt())
+    pool = torch.randn(D, 4000, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(X)
+    scales = torch.logspace(-1, 1, 4000, dtype=torch.float64, device="cpu").to(X)
+    pool = pool * scales / (float(X.square().mean().sqrt()) or 1.0)
     features = sigma.value(X @ pool)
     sizes = torch.linalg.vector_norm(features, dim=0)
     usable = torch.isfinite(sizes) & (sizes > 0)
@@ -72,14 +77,17 @@ def plant_bad_minimum(
     reached = (e @ features).abs() / (sizes * torch.linalg.vector_norm(e))
     if not bool((reached > 1e-10).any()):
         raise ValueError("e is orthogonal to every feature, g_e = 0 everywhere; every minimum with it is global")
-    (g,), (grad,), (hess,) = dual_function(e, X, act, W)
+    (g,), (grad,), _ = dual_function(e, X, act, W)
     scale = torch.linalg.vector_norm(e) * torch.linalg.vector_norm(H, dim=0).clamp_min(1e-300)
     if bool((g.abs() > 1e-7 * scale).any()) or bool((grad.abs().amax(1) > 1e-6 * scale * X.abs().max()).any()):
         raise ValueError(f"g_e is {g.tolist()} at W with gradients {grad.tolist()}; both must vanish")
-    curvature = torch.linalg.eigvalsh(hess)
-    signs = torch.where(curvature[:, 0] > 0, 1.0, -1.0).to(W)
-    if not bool(((signs * curvature[:, 0] > 0) & (signs * curvature[:, -1] > 0)).all()):
-        raise ValueError(f"Hess g_e has eigenvalues {curvature.tolist()} at W; definite ones are needed (Theorem N)")
+    (curvature,) = _relative_curvature(e[None], X, sigma, W[None])
+    signs = curvature[:, 0].sign()
+    if not bool((signs[:, None] * curvature > _ROUNDING).all()):
+        raise ValueError(
+            f"Hess g_e has eigenvalues {curvature.tolist()} at W, as fractions of sum |e_n sigma''| |x_n|^2; definite "
+            "ones are needed (Theorem N)"
+        )
     if float(torch.linalg.svdvals(H / torch.linalg.vector_norm(H, dim=0))[-1]) < 1e-9:
         raise ValueError("W gives dependent features; independent ones are needed")
     v = signs / torch.linalg.vector_norm(H, dim=0)
@@ -91,9 +99,25 @@ def plant_bad_minimum(
         best = int(losses.argmin())
         if float(losses[best]) < loss * (1 - 1e-6):
             competitor = [pool[:, best : best + 1].clone(), c[best].reshape(1, 1)]
-            return Planted([W.clone(), v[:, None]], y[:, None], loss, competitor, float(losses[best]))
+            planted = Planted([W.clone(), v[:, None]], y[:, None], loss, competitor, float(losses[best]))
+            _check_minimum(planted, X, act)
+            return planted
         v = v / 2
     raise ValueError("no competitor was found; another seed or other touching points are needed")
+
+
+def _check_minimum(planted: Planted, X: Tensor, act: str | Activation) -> None:
+    """Refuse a point whose Hessian is not positive beyond rounding, or far from where its gradient vanishes."""
+    d = loss_derivatives(planted.weights, X, planted.Y, act)
+    values = torch.linalg.eigvalsh(d.hessian)[0]
+    size = max(float(T.abs().max()) for T in planted.weights)
+    rounding = torch.finfo(X.dtype).eps * len(values) * float(values[-1])
+    distance = float(torch.linalg.vector_norm(d.gradient)) / max(float(values[0]), 1e-300)
+    if not float(values[0]) > 100 * rounding or distance > 1e-6 * size:
+        raise ValueError(
+            f"W, e and X give a point with Hessian eigenvalues from {float(values[0]):.3g} to {float(values[-1]):.3g}, "
+            f"about {distance:.3g} from a critical one; numbers less ill-conditioned are needed"
+        )
 
 
 class TouchingPoints(NamedTuple):
@@ -110,6 +134,7 @@ class TouchingPoints(NamedTuple):
     definite: Tensor
 
 
+@checked(double=True)
 def touching_points(
     X: Float[Tensor, "N D"],
     m: int,
@@ -139,17 +164,19 @@ def touching_points(
 
     Raises:
         TypeError: X is not float64.
-        ValueError: m or starts below 1, or an activation without two derivatives.
+        ValueError: m, starts, iters or spread not positive, X is zero, or an activation without two derivatives.
     """
     N, D = X.shape
-    if m < 1 or starts < 1 or iters < 1:
-        raise ValueError(f"m, starts, iters are {m}, {starts}, {iters}; at least 1 of each is needed")
-    check_shallow([X.new_ones(D, m), X.new_ones(m, 1)], X, None, act)
-    sigma = activation(act)
     size = float(X.abs().amax())
+    if min(m, starts, iters) < 1 or not spread > 0 or size == 0:
+        raise ValueError(
+            f"m, starts, iters, spread are {m}, {starts}, {iters}, {spread}, max |X| is {size}; at least 1 of each, a "
+            "positive spread and inputs that are not all zero are needed"
+        )
+    _, sigma = check_shallow([X.new_ones(D, m), X.new_ones(m, 1)], X, None, act)
     e = torch.nn.functional.normalize(torch.randn(starts, N, generator=generator, dtype=torch.float64), dim=1).to(X)
     W = (torch.randn(starts, D, m, generator=generator, dtype=torch.float64) * spread / size).to(X)
-    damping = torch.full((starts,), 1e-2).to(X)
+    damping = X.new_full((starts,), 1e-2)
     F, J = _touching_system(e, W, X, sigma)
     for _ in range(iters):
         K = J @ J.mT
@@ -159,7 +186,7 @@ def touching_points(
         e_new, W_new = e - delta[:, :N], W - delta[:, N:].view(starts, m, D).mT
         F_new, J_new = _touching_system(e_new, W_new, X, sigma)
         better = F_new.norm(dim=1) < F.norm(dim=1)
-        damping = (damping * torch.where(better, 0.25, 4.0)).clamp(1e-12, 1e8)
+        damping = torch.where(better, damping / 4, damping * 4).clamp(1e-12, 1e8)
         pick = better[:, None, None]
         e, W = torch.where(pick[..., 0], e_new, e), torch.where(pick, W_new, W)
         F, J = torch.where(pick[..., 0], F_new, F), torch.where(pick, J_new, J)
@@ -169,13 +196,17 @@ def touching_points(
     H = torch.nn.functional.normalize(H, dim=1)
     residual = F.norm(dim=1)
     independent = torch.linalg.svdvals(H)[:, -1] > 1e-3 if m <= N else torch.zeros_like(bounded)
-    _, _, hess = dual_function(e, X, act, W)
-    Z = X @ W
-    unit = torch.einsum("sn,snj,nd->sj", e.abs(), sigma.second(Z).abs(), X**2)[..., None].clamp_min(1e-300)
-    relative = torch.linalg.eigvalsh(hess) / unit
-    one_sign = (relative.amin(-1) > 1e-7) | (relative.amax(-1) < -1e-7)
-    touches = (residual < 1e-12) & independent & bounded & (relative.abs().amax((1, 2)) > 1e-7)
+    relative = _relative_curvature(e, X, sigma, W)
+    one_sign = (relative.amin(-1) > _ROUNDING) | (relative.amax(-1) < -_ROUNDING)
+    touches = (residual < 1e-12) & independent & bounded & (relative.abs().amax((1, 2)) > _ROUNDING)
     return TouchingPoints(e, W, residual, touches, touches & one_sign.all(1))
+
+
+def _relative_curvature(e: Tensor, X: Tensor, sigma: Activation, W: Tensor) -> Tensor:
+    """The eigenvalues (S, m, D) of ``Hess g_e`` at the columns of W, over ``sum_n |e_n sigma''| ||x_n||^2``."""
+    _, _, hess = dual_function(e, X, sigma, W)
+    unit = torch.einsum("sn,snj,nd->sj", e.abs(), sigma.second(X @ W).abs(), X**2)[..., None].clamp_min(1e-300)
+    return torch.linalg.eigvalsh(hess) / unit
 
 
 def _touching_system(e: Tensor, W: Tensor, X: Tensor, sigma: Activation) -> tuple[Tensor, Tensor]:
@@ -205,6 +236,7 @@ def _touching_system(e: Tensor, W: Tensor, X: Tensor, sigma: Activation) -> tupl
 # --- wider by one neuron ----------------------------------------------------------------------------------------------
 
 
+@checked
 def split_neuron(weights: Sequence[Tensor], j: int, shares: Sequence[float]) -> list[Tensor]:
     """Replace neuron j by copies with output weights ``lambda_i v_j``, ``sum_i lambda_i = 1``: the same function.
 
@@ -217,13 +249,16 @@ def split_neuron(weights: Sequence[Tensor], j: int, shares: Sequence[float]) -> 
         ``[W, V]`` with the copies in the place of neuron j.
 
     Raises:
-        ValueError: j out of range, or shares that do not sum to 1.
+        ValueError: not two matrices that fit, j out of range, or shares that do not sum to 1.
     """
+    shapes = [tuple(T.shape) for T in weights]
+    if len(shapes) != 2 or len(shapes[0]) not in (2, 3) or shapes[1][:-1] != (*shapes[0][:-2], shapes[0][-1]):
+        raise ValueError(f"weights have shapes {shapes}; [W, V] of shapes (D, m), (m, K) or with a leading S is needed")
     W, V = weights
     m = W.shape[-1]
     if not 0 <= j < m:
         raise ValueError(f"j is {j}; one of the neurons 0 to {m - 1} is needed")
-    parts = torch.tensor(list(shares), dtype=V.dtype, device=V.device)
+    parts = V.new_tensor(shares)
     if not len(parts) or abs(float(parts.sum()) - 1) > 1e-12 * max(1.0, float(parts.abs().max())):
         raise ValueError(f"shares are {list(shares)}; numbers with sum 1 are needed")
     column, row = W[..., :, j : j + 1], V[..., j : j + 1, :]

@@ -10,20 +10,27 @@ With ``S = span{sigma(X w)}`` and ``q = dim S``, a layer of ``m >= q`` neurons h
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from companion import networks, rigor
-from companion.basins.shallow import LOSSES, check_shallow, pointwise
+from companion import networks
+from companion.arguments import checked
+from companion.basins.shallow import check_shallow, pointwise
 from companion.certificate import Certificate, assumed, compare
+from companion.data import equal_inputs
 from companion.networks import Activation
 
-_SAME = 1e-13  # a feature closer to a span than this fraction of the largest reachable feature lies in it
+_SAME = 1e-14  # a neuron whose part of the outputs outside a span is this small a fraction of all lies in the span
 _NEW = 1e-9  # a candidate is new if this fraction of its norm is outside the span
+_STRAIGHT = 1e-12  # what rounding may do to the loss along the road, as a fraction of the loss at the start
+_END = 1e-9  # how far from the least loss the road may end, as a fraction of the loss at the start
+_LARGE = 1e4  # root mean square beyond which a feature is not taken: it would drown the others
 
 
 @dataclass(frozen=True)
@@ -32,10 +39,8 @@ class Road:
 
     Args:
         vertices: pairs ``(W, V)``: the start, the ends of A, of B and of C.
-        q: the dimension of the span of reachable features that was found.
+        q: the dimension of the span of reachable features that was found; the true one may be larger.
         sigma_q: the q-th singular value of the features at the end of B.
-        length: ``||V* - V'||_F``, the length of C.
-        bound: ``||F* - F||_F / sigma_q``, which the length cannot exceed.
         target: the outputs ``F*`` aimed at, (N, K).
         silent: how many neurons were silent after A.
         X: inputs.
@@ -47,14 +52,18 @@ class Road:
     vertices: tuple[tuple[Tensor, Tensor], ...]
     q: int
     sigma_q: float
-    length: float
-    bound: float
     target: Tensor
     silent: int
     X: Tensor
     Y: Tensor
     act: Activation
     loss: str
+
+    @property
+    def lengths(self) -> tuple[float, float, float]:
+        """The lengths of A, B and C in the space of all weights; C's is at most ``||F* - F|| / sigma_q``."""
+        steps = itertools.pairwise(self.vertices)
+        return tuple(math.hypot(float((a - c).norm()), float((b - d).norm())) for (a, b), (c, d) in steps)
 
     def at(self, piece: int, t: Float[Tensor, " n"]) -> tuple[Float[Tensor, "n D m"], Float[Tensor, "n m K"]]:
         """The weights at times t in [0, 1] of piece 0 (A), 1 (B) or 2 (C)."""
@@ -63,35 +72,46 @@ class Road:
         return W + t * (W_ - W), V + t * (V_ - V)
 
     def certificate(self, points: int = 50) -> Certificate:
-        """Theorem Q on this road: the features span, the loss never rises, and it ends where it should.
+        """Theorem Q on this road: constant on A and B, never rising on C, and at the end the least loss on the span.
 
-        ``sigma_q`` is certified for the stored features when ``q = N = m`` or wider; the losses are measured.
+        All losses are measured, at equally spaced points.  If q is the number of distinct inputs, no more dimensions
+        are reachable; otherwise that is assumed.
+
+        Args:
+            points: points for each piece.
+
+        Returns:
+            The certificate.
         """
         losses = road_losses(self, points)
-        W, _ = self.vertices[-1]
-        full = self.q == len(self.X)
-        floor = rigor.sigma_min_lower(self.act.value(self.X @ W)) if full else self.sigma_q
-        scale = max(float(losses[0]), 1e-300)
-        rise = float((losses[1:] - losses[:-1]).max())
+        first, last = float(losses[0]), float(losses[-1])
+        scale = max(first, 1e-300)
+        least = float(pointwise(self.target, self.Y, self.loss)[0].sum())
+        every = self.q == int(equal_inputs(self.X).max()) + 1
         rows = (
             assumed("l is convex and continuous"),
-            compare("width m >= q", W.shape[1], ">=", self.q, "measured"),
-            compare("sigma_q(H) at the end of B", floor, ">", 0.0, "certified" if full else "measured"),
-            compare("largest rise of the loss, over L(start)", rise / scale, "<=", 1e-12),
-        )
-        holds = all(r.holds for r in rows)
-        reason = "" if holds else next(f"road: {r.name}" for r in rows if not r.holds)
-        found = {"q": self.q, "length of C": self.length, "L(start)": float(losses[0]), "L(end)": float(losses[-1])}
-        return Certificate("Theorem Q: a road down", holds, rows, found, reason)
+            *(() if every else (assumed(f"no more than the {self.q} dimensions found are reachable"),)),
+            compare("width m >= q", self.vertices[0][0].shape[1], ">=", self.q, "measured"),
+            compare("sigma_q(H) at the end of B", self.sigma_q, ">", 0.0),
+            compare("largest change of the loss on A and B, over L(start)",
+                    float((losses[: 2 * points + 1] - first).abs().max()) / scale, "<=", _STRAIGHT),
+            compare("largest rise of the loss on C, over L(start)",
+                    float((losses[2 * points + 1 :] - losses[2 * points : -1]).max()) / scale, "<=", _STRAIGHT),
+            compare("loss at the end, above l(F*), over L(start)", (last - least) / scale, "<=", _END),
+        )  # fmt: skip
+        failed = next((f"road: {r.name}" for r in rows if not r.holds), "")
+        found = {"q": self.q, "lengths of A, B, C": list(self.lengths), "L(start)": first, "L(end)": last}
+        return Certificate("Theorem Q: a road down", not failed, rows, found, failed)
 
 
+@checked(double=True)
 def descent_road(
     weights: Sequence[Tensor],
     X: Float[Tensor, "N D"],
     Y: Float[Tensor, "N K"],
     act: str | Activation,
     *,
-    loss: str = "square",
+    loss: Literal["square", "logistic"] = "square",
     target: Float[Tensor, "N K"] | None = None,
     seed: int = 0,
 ) -> Road:
@@ -101,12 +121,14 @@ def descent_road(
     ``F* = `` the projection of Y on S (zero loss if ``q = N``).  A loss whose infimum is not attained needs a `target`
     to aim at; piece C then stops at its lowest point.
 
+    q is the dimension that a pool of candidates spans: a lower bound, see `Road.certificate`.
+
     Args:
         weights: ``[W, V]`` of one network, shapes (D, m), (m, K) or (1, D, m), (1, m, K).
         X: inputs, shape (N, D); a bias is a constant column.
         Y: targets, shape (N, K).
         act: name or `Activation`.
-        loss: ``"square"`` or ``"logistic"``.
+        loss: the loss.
         target: outputs F* to aim at, shape (N, K); needed for ``"logistic"``.
         seed: of the pool of candidates for the silent neurons.
 
@@ -115,35 +137,26 @@ def descent_road(
 
     Raises:
         TypeError: not float64.
-        ValueError: more than one network, data that do not fit, ``m < q``, or no target for the logistic loss.
-            Source: Theorem Q, derived in lesson 5.
+        ValueError: more than one network, data that do not fit, no feature that is not zero, ``m < q``, or no target
+            for the logistic loss.
+
+    Source: Theorem Q, derived in lesson 5.
     """
     stacked, sigma = check_shallow(weights, X, Y, act, order=0, outputs=None)
-    if len(stacked[0]) != 1 or X.ndim != 2 or Y.ndim != 2:
+    if len(stacked[0]) != 1:
         raise ValueError(f"weights holds {len(stacked[0])} networks; a road is drawn for one network on one data set")
-    if loss not in LOSSES:
-        raise ValueError(f"loss is {loss!r}; one of {', '.join(LOSSES)} is needed")
     if loss == "logistic" and target is None:
         raise ValueError("target is missing; the logistic loss has no minimum, outputs F* to aim at are needed")
-    if target is not None and target.shape != Y.shape:
-        raise ValueError(f"target has shape {tuple(target.shape)}; {tuple(Y.shape)}, as Y, is needed")
     (W,), (V,) = stacked
     N, m = len(X), W.shape[1]
     H = sigma.value(X @ W)
-    pool = _candidates(X, sigma, torch.Generator().manual_seed(seed))
-    P = sigma.value(X @ pool)
-    scale = max(float(torch.linalg.vector_norm(torch.cat([H, P], 1), dim=0).max()), 1e-300)
-    # A: a column basis of H, and the same outputs from it alone
-    basis, Q = _pivots(H, torch.zeros(N, 0, dtype=H.dtype), _SAME * scale, relative=False)
-    V_A, free = V.clone(), torch.zeros(m, dtype=torch.bool)
-    if len(basis) < m:
-        V_A = torch.zeros_like(V)
-        V_A[basis] = _solve(H[:, basis], H @ V)
-        free = torch.ones(m, dtype=torch.bool)
-        free[basis] = False
+    pool, P = _candidates(X, sigma, torch.Generator().manual_seed(seed))
+    V_A, free, Q = _slide(H, V, Y)
     # B: the silent neurons take the candidates farthest from the span
     fresh, Q = _pivots(P, Q, _NEW, relative=True)
     q = Q.shape[1]
+    if q == 0:
+        raise ValueError(f"X gives only features that are 0 with {sigma.name}; no road leads anywhere")
     if m < q:
         raise ValueError(f"m is {m}, below q = {q}, the dimension of the reachable features; a road needs m >= q")
     places = free.nonzero()[:, 0]
@@ -159,12 +172,31 @@ def descent_road(
     step = _solve(H_B, aim - F)
     end = 1.0 if loss == "square" else _line_minimum(F, H_B @ step, Y, loss)
     sigma_q = float(torch.linalg.svdvals(H_B)[q - 1])
-    bound = float(torch.linalg.matrix_norm(aim - F)) / sigma_q if sigma_q else float("inf")
     vertices = ((W, V), (W, V_A), (W_B, V_A), (W_B, V_A + end * step))
-    length = float(torch.linalg.matrix_norm(end * step))
-    return Road(vertices, q, sigma_q, length, bound, aim, int(free.sum()), X, Y, sigma, loss)
+    return Road(vertices, q, sigma_q, aim, int(free.sum()), X, Y, sigma, loss)
 
 
+def _slide(H: Tensor, V: Tensor, Y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Piece A: the same outputs from a basis of the columns of H; the weights, who is silent, and the basis's span.
+
+    A neuron counts by its part ``||h_j|| ||V_j||`` of the outputs, compared with the largest part and with Y: what is
+    left out is as small as the rounding of the outputs.
+    """
+    size = torch.linalg.vector_norm(V, dim=1)
+    parts = H * size
+    scale = max(float(torch.linalg.vector_norm(parts, dim=0).max()), float(Y.norm()), 1e-300)
+    basis, Q = _pivots(parts, H.new_zeros(len(H), 0), _SAME * scale, relative=False)
+    silent = torch.ones(len(size), dtype=torch.bool, device=H.device)
+    silent[basis] = False
+    V_A = V.clone()
+    if len(basis) < len(size):
+        units = torch.linalg.vector_norm(H[:, basis], dim=0)
+        V_A = torch.zeros_like(V)
+        V_A[basis] = _solve(H[:, basis] / units, H @ V) / units[:, None]
+    return V_A, silent, Q
+
+
+@checked
 def road_losses(road: Road, n: int = 50) -> Float[Tensor, " points"]:
     """The loss at n + 1 equally spaced points of each of the three pieces, ends shared: ``3 n + 1`` numbers.
 
@@ -179,7 +211,7 @@ def road_losses(road: Road, n: int = 50) -> Float[Tensor, " points"]:
         raise ValueError(f"n is {n}; at least one point for each piece is needed")
     out = []
     for piece in range(3):
-        times = torch.linspace(0, 1, n + 1, dtype=road.X.dtype)[int(piece > 0) :]
+        times = torch.linspace(0, 1, n + 1, dtype=road.X.dtype, device=road.X.device)[int(piece > 0) :]
         chunk = max(1, 2**21 // (len(road.X) * road.vertices[0][0].shape[1]))
         for t in times.split(chunk):
             f = networks.forward(list(road.at(piece, t)), road.X, road.act)
@@ -226,9 +258,10 @@ def _pivots(A: Tensor, Q: Tensor, tolerance: float, *, relative: bool) -> tuple[
     squares = R.square().sum(0).mul_(norms > 0)
     chosen: list[int] = []
     while Q.shape[1] < len(A):
-        j = int(squares.argmax())
-        if not float(squares[j]) > tolerance**2:
+        farthest = float(squares.max()) if len(squares) else 0.0
+        if not farthest > tolerance**2:
             break
+        j = int((squares >= farthest * (1 - 1e-6)).nonzero()[0])  # the first of equals, whatever rounding does
         new = R[:, j] - Q @ (Q.mT @ R[:, j])
         new = new / torch.linalg.vector_norm(new)
         Q = torch.cat([Q, new[:, None]], 1)
@@ -250,31 +283,43 @@ def _repeat(P: Tensor, used: list[int]) -> list[list[int]]:
     return [[left[j] for j in second], left]
 
 
-def _candidates(X: Tensor, sigma: Activation, generator: torch.Generator) -> Tensor:
-    """A pool of weights (D, P): Gaussian ones at several scales, and steps placed between the data points.
+def _candidates(X: Tensor, sigma: Activation, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A pool of weights (D, P) and their features (N, P): Gaussian ones at several scales, and thresholds between data.
 
-    With a constant column in X, a direction u and two neighbours among the sorted numbers ``u . x_n``, the threshold
-    between them gives a feature that tells the two sides apart; for steps and ReLUs nothing else will do.
+    On a pencil of hyperplanes ``w = u - t c`` sample n changes its side at ``t_n = u . x_n / c . x_n``, so thresholds
+    between neighbours among the ``t_n`` give features that tell any two inputs apart that do not point the same way;
+    for steps and ReLUs nothing else will do.  With a bias, c is its direction and ``t_n`` a projection of the data.
     """
     N, D = X.shape
     size = float(X.square().mean().sqrt()) * D**0.5 or 1.0
     draw = torch.randn(D, 2 * N + 60, generator=generator, dtype=torch.float64).to(X)
-    scales = torch.tensor([0.5, 1.0, 2.0, 5.0, 10.0, 30.0]).to(X).repeat(draw.shape[1] // 6 + 1)[: draw.shape[1]]
+    scales = X.new_tensor([0.5, 1.0, 2.0, 5.0, 10.0, 30.0]).repeat(draw.shape[1] // 6 + 1)[: draw.shape[1]]
     pool = [draw * scales / size]
     constant = ((X[0] == X).all(0) & (X[0] != 0)).nonzero()[:, 0].tolist()
-    others = [d for d in range(D) if d not in constant[:1]]
-    if constant and others:
-        bias = constant[0]
-        directions = torch.randn(len(others), max(2, min(2 * len(others), 600 // N + 1)), generator=generator)
-        for u in directions.double().to(X).T:
-            z = (X[:, others] @ u).sort().values
-            gaps = z[1:] - z[:-1]
-            between = (0.5 * (z[1:] + z[:-1]))[gaps > 1e-12]
-            for sharpness, sign in ((1.0, 1.0), (1.0, -1.0), (4.0, 1.0)):
-                slope = sign * sharpness * N / float((z[-1] - z[0]).clamp_min(1e-12)) * torch.ones_like(between)
-                w = torch.zeros(D, len(between), dtype=X.dtype, device=X.device)
-                w[others] = u[:, None] * slope
-                w[bias] = -slope * between / X[0, bias]
-                pool.append(w)
+    if D > 1:
+        for _ in range(max(2, min(2 * (D - 1), 600 // N + 1))):
+            u, c = torch.randn(2, D, generator=generator, dtype=torch.float64).to(X)
+            if constant:
+                u[constant[0]] = 0.0
+                c = torch.zeros_like(c)
+                c[constant[0]] = 1.0
+            pool += _thresholds(X, u, c)
     # the constant feature, where there is one, and the silent ones of an even activation
-    return torch.cat([*pool, torch.eye(D, dtype=X.dtype, device=X.device)], 1)
+    pool = torch.cat([*pool, torch.eye(D, dtype=X.dtype, device=X.device)], 1)
+    P = sigma.value(X @ pool)
+    rms = P.square().mean(0).sqrt()  # NaN where a feature is infinite
+    usable = rms <= _LARGE if bool((rms <= _LARGE).any()) else torch.isfinite(rms)
+    return pool[:, usable], P[:, usable]
+
+
+def _thresholds(X: Tensor, u: Tensor, c: Tensor) -> list[Tensor]:
+    """Weights ``+-a (u - t c)``, t between neighbouring ``t_n``, steep enough to tell neighbours apart."""
+    across, along = X @ u, X @ c
+    t = (across / along)[along != 0].sort().values
+    if len(t) < 2:
+        return []
+    gaps, between = t[1:] - t[:-1], 0.5 * (t[1:] + t[:-1])
+    between = between[gaps > 1e-13 * t.abs().max()]
+    w = u[:, None] - between * c[:, None]
+    steep = len(X) / (X @ w).abs().amax(0).clamp_min(1e-300)
+    return [a * steep * w for a in (1.0, -1.0, 4.0)]

@@ -12,20 +12,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from companion import networks
-from companion.networks import Activation, activation
+from companion.arguments import checked
+from companion.networks import ACTIVATIONS, Activation, activation
 
 LOSSES = ("square", "logistic")
 _LM_UP, _LM_DOWN = 4.0, 0.25  # the damping after a rejected and after an accepted step
 _COMPACT = 5  # finished networks leave the batch every so many iterations
 _KICK = 50  # a push along a direction of negative curvature every so many Newton steps
 _KICK_SIZES = (0.3, -0.3, 0.03, -0.03)
+
+
+def recognized(sigma: Activation, *names: str) -> bool:
+    """Whether sigma is companion's own activation of one of these names; another one may bear the same name."""
+    return sigma.name in names and sigma is ACTIVATIONS.get(sigma.name)
 
 
 def check_shallow(
@@ -78,7 +84,7 @@ def check_shallow(
         raise ValueError(f"Y has {Y.shape[-2]} rows, X has {X.shape[-2]}; one target for each input is needed")
     if outputs is not None and stacked[1].shape[2] != outputs:
         raise ValueError(f"V has {stacked[1].shape[2]} columns; {outputs} output is needed")
-    if order >= 2 and (sigma.second is None or sigma.name in ("relu", "step")):
+    if order >= 2 and (sigma.second is None or recognized(sigma, "relu", "step")):
         raise ValueError(f"activation {sigma.name!r} has no second derivative; a smooth one is needed for a Hessian")
     return stacked, sigma
 
@@ -103,13 +109,14 @@ class Derivatives(NamedTuple):
         return self.gram + self.curvature
 
 
+@checked(double=True)
 def loss_derivatives(
     weights: Sequence[Tensor],
     X: Float[Tensor, "*x N D"],
     Y: Float[Tensor, "*y N 1"],
     act: str | Activation,
     *,
-    loss: str = "square",
+    loss: Literal["square", "logistic"] = "square",
 ) -> Derivatives:
     """Loss, gradient and Hessian in closed form: ``Hessian = J^T diag(l'') J + C(e)``.
 
@@ -128,7 +135,9 @@ def loss_derivatives(
 
     Raises:
         TypeError: not float64.
-        ValueError: see `check_shallow`; an unknown loss.  Source: derived in lesson 5.
+        ValueError: see `check_shallow`; an unknown loss.
+
+    Source: derived in lesson 5, exercise on the Hessian.
     """
     (W, V), sigma = check_shallow(weights, X, Y, act)
     S, D, m = W.shape
@@ -158,6 +167,7 @@ def pointwise(f: Tensor, y: Tensor, loss: str) -> tuple[Tensor, Tensor, Tensor]:
     raise ValueError(f"loss is {loss!r}; one of {', '.join(LOSSES)} is needed")
 
 
+@checked
 def dual_function(
     e: Float[Tensor, "*a N"], X: Float[Tensor, "*b N D"], act: str | Activation, W: Float[Tensor, "*c D m"]
 ) -> tuple[Float[Tensor, "S m"], Float[Tensor, "S m D"], Float[Tensor, "S m D D"]]:
@@ -251,6 +261,7 @@ class _Problem(NamedTuple):
         return A @ self.X
 
 
+@checked(double=True)
 def train_lm_newton(
     weights: Sequence[Tensor],
     X: Float[Tensor, "*x N D"],
@@ -358,11 +369,11 @@ def _step(data: _Problem, at: _Point, damping: Tensor, newton: bool) -> tuple[_P
     new = data.at(at.W - dW, at.v - dv)
     better = new.loss < at.loss
     accept = better | ((new.loss <= at.loss * (1 + 1e-13)) & (new.norm < at.norm))
-    factor = torch.where(accept, _LM_DOWN, _LM_UP)
     masks = {n: accept.view(-1, *(1,) * (n - 1)) for n in (1, 2, 3)}
     # a rejected trial may hold NaN: it is selected away, never multiplied
     merged = _Point(*(torch.where(masks[b.ndim], a, b) for a, b in zip(new, at, strict=True)))
-    return merged, (damping * factor).clamp(1e-20, 1e20)
+    damping = torch.where(accept, damping * _LM_DOWN, damping * _LM_UP)
+    return merged, damping.clamp(1e-20, 1e20)
 
 
 def _dual_direction(data: _Problem, at: _Point, mu: Tensor) -> tuple[Tensor, Tensor]:

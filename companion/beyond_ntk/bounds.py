@@ -1,30 +1,61 @@
 """What theory says about phase 2 before it is run: rates, exact curves, floors, and gaps that a gradient proves.
 
 The letters are those of `last_layer`: ``L(V) = (1/N) sum_i l_i(M_i V)`` with ``M = [h, 1]``, ``sigma_1 >= ... >=
-sigma_N`` its singular values and U its left singular vectors. Everything here is derived in lesson 3 and evaluated in
-plain floating point.
+sigma_N`` its singular values and U its left singular vectors. Everything here is derived in lesson 3. The rates at the
+top are functions of any number: on tensors they are measured, on intervals certified. What follows is evaluated in
+plain floating point, but for `duplicate_floor`, which is rounded down.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from fractions import Fraction
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from companion.arguments import checked
 from companion.beyond_ntk import last_layer
+from companion.beyond_ntk.last_layer import Loss
+from companion.rigor import formulas, point
+
+# --- The rates, for any kind of number --------------------------------------------------------------------------------
+
+
+def gd_rate(R: Any, step: Any, t: Any) -> Any:
+    """``R^2 / (2 eta t)``: gradient descent is that close to ``L(V)`` after t steps, ``R = |V_0 - V|``."""
+    return R**2 / (2 * step * t)
+
+
+def nesterov_rate(R: Any, step: Any, t: Any) -> Any:
+    """``2 R^2 / (eta (t + 1)^2)``, the same for Nesterov's method."""
+    return 2 * R**2 / (step * (t + 1) ** 2)
+
+
+def contraction(sigma_N: Any, N: int, step: Any, mu: Any = 1) -> Any:
+    """``eta mu sigma_N^2 / N``, what one step of gradient descent takes off ``L - L*``, relatively."""
+    return step * mu * sigma_N**2 / N
+
+
+def cross_entropy_rate(sigma_N: Any, root_N: Any, K: int, t: Any, step: Any, V0_norm: Any) -> Any:
+    """``(K-1)/t + (|V_0| + sqrt(N) log t / sigma_N)^2 / (2 eta t)``, see `cross_entropy_bound`."""
+    return (K - 1) / t + gd_rate(V0_norm + root_N * formulas.log(t) / sigma_N, step, t)
+
+
+# --- Gradient descent and Nesterov's method ---------------------------------------------------------------------------
 
 
 def _times(t: Tensor | Sequence[int] | int) -> Tensor:
-    t = torch.atleast_1d(torch.as_tensor(t))
-    if t.numel() == 0 or bool((t < 0).any()):
+    t = torch.atleast_1d(t.double() if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64, device="cpu"))
+    if t.numel() == 0 or not bool((t >= 0).all()):
         raise ValueError(f"t is {t.tolist()}; numbers of steps >= 0 are needed")
-    return t.double()
+    return t
 
 
+@checked
 def exact_curve(
     M: Float[Tensor, "N p"],
     V0: Float[Tensor, "p K"],
@@ -47,17 +78,18 @@ def exact_curve(
     Returns:
         The loss at each t.
     """
-    last_layer.check_problem(M, V0, Y, "squared")
+    Y = last_layer.check_problem(M, V0, Y, "squared")
     U, s, _ = torch.linalg.svd(M, full_matrices=True) if len(M) > M.shape[1] else torch.linalg.svd(M, False)
     N = len(M)
     s = torch.cat([s, s.new_zeros(N - len(s))])
     eta = N / float(s[0]) ** 2 if step is None else step
     C = (U.T @ (Y - M @ V0)).square().sum(1)
-    factors = (1 - eta * s.square() / N).abs()
+    factors = (1 - contraction(s, N, eta)).abs()
     powers = torch.where(factors > 0, factors, 1e-300) ** (2 * _times(t).to(M.device)[:, None])
     return (powers * C).sum(1) / (2 * N)
 
 
+@checked
 def linear_rate(sigma_N: float, N: int, step: float, mu: float = 1.0) -> float:
     """Compute the factor ``1 - eta mu sigma_N^2 / N`` of ``L(V_t) - L* <= factor^t (L(V_0) - L*)``.
 
@@ -68,13 +100,20 @@ def linear_rate(sigma_N: float, N: int, step: float, mu: float = 1.0) -> float:
         mu: every ``l_i`` is mu-strongly convex; 1 for the squared loss, and no such mu exists for cross-entropy.
 
     Returns:
-        The factor, 1 if it says nothing.
+        The factor, in [0, 1].
+
+    Raises:
+        ValueError: numbers out of range, or a step above ``N / (mu sigma_N^2)``, which no smoothness allows.
     """
     if not (sigma_N >= 0 and N >= 1 and step > 0 and mu >= 0):
         raise ValueError(f"sigma_N, N, step, mu are {sigma_N}, {N}, {step}, {mu}; numbers >= 0 and a step > 0 needed")
-    return 1 - step * mu * sigma_N**2 / N
+    factor = 1 - contraction(sigma_N, N, step, mu)
+    if factor < 0:
+        raise ValueError(f"step is {step}; at most 1 / L_H is needed, and that is at most N / (mu sigma_N^2)")
+    return factor
 
 
+@checked
 def comparator_bound(
     M: Float[Tensor, "N p"],
     V0: Float[Tensor, "p K"],
@@ -83,7 +122,7 @@ def comparator_bound(
     *,
     loss: str = "squared",
     step: float,
-    method: str = "gd",
+    method: Literal["gd", "nesterov"] = "gd",
     comparators: Sequence[Tensor] = (),
 ) -> Float[Tensor, " T"]:
     """Compute ``min_V L(V) + |V_0 - V|^2 / (2 eta t)`` (gd) or ``... + 2 |V_0 - V|^2 / (eta (t+1)^2)`` (nesterov).
@@ -107,15 +146,15 @@ def comparator_bound(
     Raises:
         ValueError: an unknown method, or data that do not fit.
     """
-    last_layer.check_problem(M, V0, Y, loss)
-    if method not in ("gd", "nesterov"):
-        raise ValueError(f"method is {method!r}; 'gd' or 'nesterov' is needed")
+    Y = last_layer.check_problem(M, V0, Y, loss)
+    if not step > 0:
+        raise ValueError(f"step is {step}; a number > 0 is needed")
     t = _times(t).to(M.device)
     losses, squares = _comparators(M, V0, Y, loss)
     for V in comparators:
         losses = torch.cat([losses, last_layer.average_loss(M, V, Y, loss)[None]])
         squares = torch.cat([squares, (V - V0).square().sum()[None]])
-    weight = 1 / (2 * step * t) if method == "gd" else 2 / (step * (t + 1) ** 2)
+    weight = {"gd": gd_rate, "nesterov": nesterov_rate}[method](1, step, t)
     start = last_layer.average_loss(M, V0, Y, loss)
     bound = (losses + weight[:, None] * squares).amin(1)
     bound = torch.where(torch.isfinite(bound), bound, start)
@@ -151,6 +190,7 @@ def _comparators(M: Tensor, V0: Tensor, Y: Tensor, loss: str) -> tuple[Tensor, T
     return torch.stack(losses), torch.stack(squares)
 
 
+@checked
 def cross_entropy_bound(
     sigma_N: float, N: int, K: int, t: Tensor | Sequence[int] | int, *, step: float, V0_norm: float = 0.0
 ) -> Float[Tensor, " T"]:
@@ -170,12 +210,17 @@ def cross_entropy_bound(
         The bound at each t; infinite where `sigma_N` is 0.
     """
     t = _times(t)
-    if bool((t < 1).any()) or not step > 0 or K < 2 or N < 1:
-        raise ValueError(f"t, step, K, N are {t.tolist()}, {step}, {K}, {N}; t >= 1, step > 0, K >= 2, N >= 1 needed")
-    radius = V0_norm + (math.sqrt(N) * t.log() / sigma_N if sigma_N > 0 else math.inf)
-    return (K - 1) / t + radius**2 / (2 * step * t)
+    if bool((t < 1).any()) or not step > 0 or K < 2 or N < 1 or not (sigma_N >= 0 and V0_norm >= 0):
+        raise ValueError(
+            f"t, step, K, N, sigma_N, V0_norm are {t.tolist()}, {step}, {K}, {N}, {sigma_N}, {V0_norm}; "
+            "t >= 1, step > 0, K >= 2, N >= 1 and numbers >= 0 are needed"
+        )
+    if sigma_N == 0:
+        return torch.full_like(t, math.inf)
+    return cross_entropy_rate(sigma_N, math.sqrt(N), K, t, step, V0_norm)
 
 
+@checked
 def kaczmarz_bound(
     M: Float[Tensor, "N p"], V0: Float[Tensor, "p K"], Y: Float[Tensor, "N K"], t: Tensor | Sequence[int] | int
 ) -> tuple[Float[Tensor, "p K"], Float[Tensor, " T"]]:
@@ -196,7 +241,7 @@ def kaczmarz_bound(
     Raises:
         ValueError: ``M V = Y`` has no solution, to rounding.
     """
-    last_layer.check_problem(M, V0, Y, "squared")
+    Y = last_layer.check_problem(M, V0, Y, "squared")
     U, s, Wt = torch.linalg.svd(M, full_matrices=False)
     keep = s > s[0] * torch.finfo(M.dtype).eps * max(M.shape)
     U, s, Wt = U[:, keep], s[keep], Wt[keep]
@@ -204,10 +249,11 @@ def kaczmarz_bound(
     miss = float(torch.linalg.vector_norm(M @ V - Y))
     if miss > 1e-6 * float(torch.linalg.vector_norm(Y)):
         raise ValueError(f"Y is off the range of M by {miss:.2g}; a consistent system M V = Y is needed")
-    factor = 1 - float(s[-1]) ** 2 / (len(M) * float(M.square().sum(1).max()))
+    factor = 1 - contraction(float(s[-1]), len(M), 1 / float(M.square().sum(1).max()))
     return V, factor ** _times(t) * float((V0 - V).square().sum())
 
 
+@checked
 def sgd_bound(
     M: Float[Tensor, "N p"],
     V0: Float[Tensor, "p K"],
@@ -230,9 +276,12 @@ def sgd_bound(
     Returns:
         The bound at each T.
     """
-    last_layer.check_problem(M, V0, labels, "cross_entropy")
+    labels = last_layer.check_problem(M, V0, labels, "cross_entropy")
+    t = _times(t)
+    if not step > 0 or bool((t < 1).any()):
+        raise ValueError(f"step is {step} and t is {t.tolist()}; step > 0 and t >= 1 are needed")
     losses, squares = _comparators(M, V0, labels, "cross_entropy")
-    best = (losses + squares / (2 * step * _times(t)[:, None])).amin(1)
+    best = (losses + gd_rate(1, step, t)[:, None] * squares).amin(1)
     return best + step * float(M.square().sum(1).max())
 
 
@@ -248,6 +297,7 @@ class RidgeGap(NamedTuple):
     fenchel: float
 
 
+@checked
 def ridge_gap(M: Float[Tensor, "N p"], V: Float[Tensor, "p K"], labels: Int[Tensor, " N"], ridge: float) -> RidgeGap:
     """Bound ``P(V) - min P`` for cross-entropy with a ridge: ``|grad P(V)|^2 / (2 lambda)``, no rank needed.
 
@@ -266,7 +316,7 @@ def ridge_gap(M: Float[Tensor, "N p"], V: Float[Tensor, "p K"], labels: Int[Tens
     Raises:
         ValueError: a ridge that is not positive, or data that do not fit.
     """
-    last_layer.check_problem(M, V, labels, "cross_entropy")
+    labels = last_layer.check_problem(M, V, labels, "cross_entropy")
     if not (math.isfinite(ridge) and ridge > 0):
         raise ValueError(f"ridge is {ridge}; a positive finite number is needed")
     q = M @ V
@@ -277,31 +327,42 @@ def ridge_gap(M: Float[Tensor, "N p"], V: Float[Tensor, "p K"], labels: Int[Tens
     return RidgeGap(float((G + ridge * V).square().sum() / (2 * ridge)), float(primal - dual))
 
 
-def duplicate_floor(groups: Int[Tensor, " N"], Y: Tensor, loss: str = "squared") -> float:
-    """Compute ``inf L = (1/N) sum_groups inf_q sum_{i in group} l_i(q)``: equal inputs get equal outputs.
+@checked
+def duplicate_floor(groups: Int[Tensor, " N"], Y: Tensor, loss: Loss | None = None) -> float:
+    """Bound from below ``inf L = (1/N) sum_groups inf_q sum_{i in group} l_i(q)``: equal inputs get equal outputs.
 
     The least loss of any network whose inputs are equal within groups, attained if the rows over distinct inputs are
-    independent (squared), or approached (cross-entropy: the entropy of the labels within the groups).
+    independent (squared: half the squared distances to the groups' means), or approached (cross-entropy: ``sum_k c_k
+    log(n / c_k)`` for n samples with c_k labels k). With one group it is the loss of the best constant outputs.
 
     Args:
-        groups: the group of each sample ``(N,)``, e.g. from ``expressivity.equal_inputs``.
+        groups: the group of each sample ``(N,)``, e.g. from `companion.data.equal_inputs`.
         Y: targets ``(N, K)``, or labels ``(N,)``.
-        loss: ``"squared"`` or ``"cross_entropy"``.
+        loss: ``"squared"`` or ``"cross_entropy"``; None for what the dtype of Y says.
 
     Returns:
-        The floor; 0 without duplicates.
+        The floor, in exact arithmetic and rounded down; 0 without duplicates.
 
     Raises:
-        ValueError: an unknown loss, or lengths that differ.
+        TypeError, ValueError: targets that do not fit.
+
+    Source: derived in lesson 3 (equal inputs have equal outputs).
     """
-    if loss not in last_layer.LAMBDA:
-        raise ValueError(f"loss is {loss!r}; 'squared' or 'cross_entropy' is needed")
-    if len(groups) != len(Y):
-        raise ValueError(f"groups has {len(groups)} entries and Y has {len(Y)} rows; they must be equal")
-    code = Y.double() if loss == "squared" else torch.nn.functional.one_hot(Y).double()
-    _, where, counts = torch.unique(groups, return_inverse=True, return_counts=True)
-    sums = code.new_zeros(len(counts), code.shape[1]).index_add_(0, where, code)
-    means = sums / counts[:, None]
+    Y, loss = last_layer.check_targets("Y", Y, len(groups), loss)
+    members: dict[int, list[int]] = {}
+    for i, group in enumerate(groups.tolist()):
+        members.setdefault(group, []).append(i)
+    crowded = [rows for rows in members.values() if len(rows) > 1]
     if loss == "squared":
-        return float(0.5 * (code - means[where]).square().sum() / len(Y))
-    return float((counts * torch.special.entr(means).sum(1)).sum() / len(Y))
+        total = Fraction(0)
+        for rows in crowded:
+            for column in Y[rows].T.tolist():
+                exact = [Fraction(value) for value in column]
+                total += (sum(v * v for v in exact) - sum(exact) ** 2 / len(exact)) / 2
+        return float(point(total / len(groups)).lo.clamp(min=0.0))
+    counts = [(c, len(rows)) for rows in crowded for c in torch.bincount(Y[rows]).tolist() if 0 < c < len(rows)]
+    if not counts:
+        return 0.0
+    c, n = Y.new_tensor(counts, dtype=torch.float64, device="cpu").T.contiguous()
+    least = (point(c) * (point(n) / point(c)).log()).sum(0) / len(groups)
+    return float(least.lo.clamp(min=0.0))

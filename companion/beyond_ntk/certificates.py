@@ -7,86 +7,47 @@ singular values, and the loss is an average, ``L = (1/N) sum_i l_i(q_i)``.
 - *Rate* (`certify_rate`): a lower bound on ``sigma_N``, and the rates of gradient descent on V that follow from it.
 
 Both speak of the network with the stored parameters and exact real arithmetic, in evaluation mode, through the
-enclosures of `companion.enclosures`. A certificate that does not hold says *not shown*, with the reason.
+enclosures of `companion.rigor`. A certificate that does not hold says *not shown*, with the reason.
 """
 
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
-from torch import Tensor, fx, nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from companion import rigor
-from companion.beyond_ntk.expressivity import LIBRARY, library_row
-from companion.certificate import Certificate, assumed, compare, silent
+from companion.arguments import checked
+from companion.beyond_ntk import bounds
+from companion.beyond_ntk.last_layer import Loss, centre, check_targets, smoothness
+from companion.certificate import Certificate, compare, silent
 from companion.data import equal_inputs
-from companion.networks.reading import Head, NoEnclosure, head
-from companion.rigor import modules
+from companion.networks.reading import Head, NoEnclosure, head, inputs, read
+from companion.rigor import Interval, formulas, modules, point
 from companion.rigor.modules import BATCH
-from companion.rigor.rounding import UNIT, gamma, round_down, round_up
 
-Loss = Literal["squared", "cross_entropy"]
-LOSSES = ("squared", "cross_entropy")
-_GROW = 1 + 1e-9  # of every computed upper bound, as in `companion.verified`
-_SHRINK = 1 - 1e-9
-
-
-# --- G: the gap to the global minimum -------------------------------------------------------------------------------
-
-GAP = "Gap: L - inf L over all parameters"
-
-
-def _check_targets(y: Tensor, X: Tensor, loss: Loss | None) -> tuple[Tensor, Loss]:
-    """The targets, float64 or int64 on the CPU, and the loss, which the dtype decides when it is not given."""
-    if not isinstance(y, Tensor):
-        raise TypeError(f"y is a {type(y).__name__}; a torch.Tensor is needed")
-    if loss not in (None, *LOSSES):
-        raise ValueError(f"loss is {loss!r}; one of {', '.join(map(repr, LOSSES))} is needed")
-    kind: Loss = loss or ("squared" if y.is_floating_point() else "cross_entropy")
-    if y.is_floating_point() != (kind == "squared") or y.is_complex() or y.dtype == torch.bool:
-        what = "floating-point targets (N, K)" if kind == "squared" else "integer labels (N,)"
-        raise TypeError(f"y is {y.dtype}; loss {kind!r} needs {what}")
-    if len(y) != len(X) or y.ndim != (2 if kind == "squared" else 1):
-        shape = "(N, K)" if kind == "squared" else "(N,)"
-        raise ValueError(f"y has shape {tuple(y.shape)}; {shape} with N = {len(X)} is needed")
-    y = y.detach().cpu()
-    if kind == "squared":
-        if not bool(torch.isfinite(y).all()):
-            raise ValueError("y holds NaN or infinity; finite numbers are needed")
-        return y.double(), kind
-    if int(y.min()) < 0 or int(y.min()) == int(y.max()):
-        raise ValueError(f"y holds labels from {int(y.min())} to {int(y.max())}; two classes, from 0 on, are needed")
-    return y.long(), kind
-
-
-def _outputs_fit(y: Tensor, q: Tensor, loss: Loss) -> None:
-    if q.ndim != 2 or (y.shape[1] != q.shape[1] if loss == "squared" else int(y.max()) >= q.shape[1]):
-        found = f"shape {tuple(y.shape)}" if loss == "squared" else f"a label {int(y.max())}"
-        raise ValueError(f"y has {found}, but the model's outputs have shape {tuple(q.shape)}; they do not fit")
+# --- The loss, enclosed -----------------------------------------------------------------------------------------------
 
 
 def loss_bounds(
-    q: Float[Tensor, "N K"], D: Float[Tensor, "N K"], y: Tensor, loss: Loss = "squared"
+    q: Float[Tensor, "N K"], D: Float[Tensor, "N K"], y: Tensor, loss: Loss | None = None
 ) -> tuple[float, float]:
-    """Enclose ``L = (1/N) sum_i l_i(q_i)`` for every ``|q - q~| <= D``: rounded outward.
+    """Enclose ``L = (1/N) sum_i l_i(q_i)`` for every ``|q - q~| <= D``, in interval arithmetic.
 
-    Squared, ``l = 0.5 ||q - y||^2``: with ``E = D + u |fl(q~ - y)|``, ``sqrt(2 N L)`` is within ``||E||_F`` of
-    ``||fl(q~ - y)||_F``. Cross-entropy, ``l = log sum_k exp(q_k - q_y)``: it moves by at most ``max_k |error of
-    q_k - q_y|``; its evaluation is accurate to ``(K + 16) u`` relatively, where the library's accuracy is assumed.
+    Squared: ``l = 0.5 ||q - y||^2``, entry by entry. Cross-entropy: ``l = (q_a - q_y) + log(1 + sum_{k != a}
+    exp(q_k - q_a))``, the same for every a; that of the largest computed output is taken.
 
     Args:
         q: outputs, float64 ``(N, K)``.
         D: their radii.
         y: targets ``(N, K)``, or labels ``(N,)``.
-        loss: ``"squared"`` or ``"cross_entropy"``.
+        loss: ``"squared"`` or ``"cross_entropy"``; None for what the dtype of y says.
 
     Returns:
-        A lower and an upper bound; the upper one is infinite where numbers overflow.
+        A lower and an upper bound; 0 and infinity where numbers overflow.
 
     Raises:
         TypeError, ValueError: a ball that is none, or targets that do not fit.
@@ -94,88 +55,48 @@ def loss_bounds(
     Source: derived in lesson 3.
     """
     rigor.check_ball(q, D, 2)
-    y, loss = _check_targets(y, q, loss)
-    _outputs_fit(y, q, loss)
-    N = len(q)
+    y, loss = check_targets("y", y, len(q), loss, q.shape[1])
     if loss == "squared":
-        r = q - y
-        E = (D + UNIT * r.abs()).mul_(_GROW).add_(2.0**-1070)
-        if not bool(torch.isfinite(r).all() and torch.isfinite(E).all()):
-            return 0.0, math.inf
-        middle, spread = rigor.frobenius_norm_upper(r), rigor.frobenius_norm_upper(E)
-        least = middle * (1 - 4 * gamma(2 * r.numel() + 8)) - spread  # how far `middle` may be above the norm
-        upper = _finite_square(round_up(middle + spread)) * _GROW / (2 * N) * _GROW + 1e-300
-        return max(0.0, _finite_square(max(0.0, least)) * _SHRINK / (2 * N) * _SHRINK - 1e-300), upper
-    losses, radius = _cross_entropy(q, D, y)
-    if not bool(torch.isfinite(losses).all() and torch.isfinite(radius).all()):
-        return 0.0, math.inf
-    upper = math.fsum((losses + radius).tolist()) / N * _GROW + 1e-300
-    return max(0.0, math.fsum((losses - radius).clamp(min=0).tolist()) / N * _SHRINK - 1e-300), upper
+        e = point(D).hi
+        losses = ((point(q) - y.double() + Interval(-e, e)) ** 2).sum(1) / 2
+    else:
+        losses = _cross_entropy(Interval.around(q, D), q.argmax(1), y)
+    mean = losses.sum(0) / len(q)
+    low, high = float(mean.lo), float(mean.hi)
+    return max(0.0, low) if math.isfinite(low) else 0.0, math.inf if math.isnan(high) else high
 
 
-def _finite_square(x: float) -> float:
-    return x * x if x < 1e150 else math.inf
+def _cross_entropy(Q: Interval, a: Tensor, y: Tensor) -> Interval:
+    """Each sample's loss, from the outputs and one class a of each, best a large one."""
+    rows = torch.arange(len(y), device="cpu")
+    top, own = Q[rows, a], Q[rows, y]
+    lead = _where(a == y, 0.0, top - own)  # exactly 0 where a is the label
+    return lead + _others(Q, a).sum(1).log1p()
 
 
-def _cross_entropy(q: Tensor, D: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Each sample's loss and its radius."""
-    K, label = q.shape[1], y[:, None]
-    d = q - q.gather(1, label)
-    moved = (D + D.gather(1, label) + UNIT * d.abs()).scatter_(1, label, 0.0)
-    top, arg = d.max(dim=1, keepdim=True)  # >= 0, since d_y = 0
-    rest = torch.exp(d - top).scatter_(1, arg, 0.0)
-    losses = (top + torch.log1p(rest.sum(dim=1, keepdim=True)))[:, 0]
-    largest = d.abs().amax(dim=1)
-    radius = moved.amax(dim=1) + 2 * UNIT * largest + (K + 16) * UNIT * losses
-    return losses, radius.mul_(_GROW).add_(K * 2.0**-1022)
+def _others(Q: Interval, a: Tensor) -> Interval:
+    """``exp(q_k - q_a)``, with 0 at ``k = a``."""
+    rows = torch.arange(len(a), device="cpu")
+    ratios = (Q - Q[rows, a].unsqueeze(1)).exp()
+    return _where(torch.nn.functional.one_hot(a, Q.shape[1]).bool(), 0.0, ratios)
 
 
-def duplicate_floor_lower(groups: Int[Tensor, " N"], y: Tensor, loss: Loss = "squared") -> float:
-    """Bound from below what equal inputs cost: ``(1/N) sum_groups inf_q sum_(i in group) l_i(q)``, a floor of L.
-
-    Squared: half the squared distances to the group's mean, in exact fractions. Cross-entropy: ``sum_k c_k
-    log(n / c_k)`` for a group of n samples with c_k labels k.
-
-    Args:
-        groups: the group of each sample, see `equal_inputs`.
-        y: targets ``(N, K)``, or labels ``(N,)``.
-        loss: ``"squared"`` or ``"cross_entropy"``.
-
-    Returns:
-        The floor, rounded down; every parameter of every network has at least this loss.
-
-    Raises:
-        TypeError, ValueError: targets that do not fit.
-
-    Source: derived in lesson 3 (equal inputs have equal outputs).
-    """
-    y, loss = _check_targets(y, groups, loss)
-    N, sizes = len(groups), torch.bincount(groups)
-    crowded = (sizes[groups] > 1).nonzero()[:, 0].tolist()
-    members: dict[int, list[int]] = {}
-    for i in crowded:
-        members.setdefault(int(groups[i]), []).append(i)
-    if loss == "squared":
-        total = Fraction(0)
-        for group in members.values():
-            for column in y[group].T.tolist():
-                exact = [Fraction(value) for value in column]
-                total += (sum(v * v for v in exact) - sum(exact) ** 2 / len(exact)) / 2
-        return max(0.0, round_down(float(total / N))) if total else 0.0
-    terms = []
-    for group in members.values():
-        counts = [c for c in torch.bincount(y[group]).tolist() if c]
-        terms += [c * math.log1p((len(group) - c) / c) for c in counts]
-    return max(0.0, math.fsum(terms) / N * _SHRINK) if any(terms) else 0.0
+def _where(condition: Tensor, value: float, other: Interval) -> Interval:
+    return Interval(torch.where(condition, value, other.lo), torch.where(condition, value, other.hi))
 
 
+# --- G: the gap to the global minimum ---------------------------------------------------------------------------------
+
+GAP = "Gap: L - inf L over all parameters"
+
+
+@checked
 def certify_gap(
     model: nn.Module,
     X: Float[Tensor, "N ..."],
     y: Tensor,
     *,
     loss: Loss | None = None,
-    within: float | None = None,
     ridge: float | None = None,
     last: nn.Module | None = None,
     batch: int = BATCH,
@@ -183,23 +104,24 @@ def certify_gap(
     """Prove how far the network's loss is from the least loss that any parameters of any network have.
 
     ``L - inf L <= L_upper - floor``: the loss is enclosed in exact real arithmetic (`loss_bounds`), and the floor is
-    what equal inputs with different targets cost (`duplicate_floor_lower`; 0 without equal inputs). No rank is needed.
-    Where the gap is not small, `ridge` asks instead how far the *last layer* is from its own optimum: for
-    ``P(V) = L(V) + ridge/2 ||V||^2``, ``P(V) - min P <= ||grad P(V)||^2 / (2 ridge)``, in plain floating point.
+    what equal inputs with different targets cost (`bounds.duplicate_floor`; 0 without equal inputs). No rank is needed.
+    It holds where this says something: where the loss is surely below that of the best constant outputs, which need no
+    network. Where the gap is not small, `ridge` asks instead how far the *last layer* is from its own optimum: for
+    ``P(V) = L(V) + ridge/2 ||V||^2``, ``P(V) - min P <= ||grad P(V)||^2 / (2 ridge)``.
 
     Args:
         model: any module with one input.
         X: inputs ``(N, ...)``, float32 or float64, taken as exact.
         y: targets ``(N, K)`` for the squared loss ``0.5 ||q - y||^2``, or labels ``(N,)`` for cross-entropy.
         loss: ``"squared"`` or ``"cross_entropy"``; None for what the dtype of y says. Averaged over samples.
-        within: the gap that is asked for; None for any finite one.
         ridge: a positive number, see above.
         last: the last layer, needed for `ridge` only; None for the last ``nn.Linear`` that the model calls.
         batch: rows evaluated at once.
 
     Returns:
-        A certificate. Quantities: ``gap``, ``loss_upper``, ``loss_lower``, ``floor``, ``largest_radius``; with `ridge`
-        also ``ridge_gap`` and ``gradient_norm`` (of L in the last layer), measured.
+        A certificate; when it does not hold, its reason begins with ``no_enclosure``, ``architecture`` or ``vacuous``.
+        Quantities, all certified: ``gap``, ``loss_upper``, ``loss_lower``, ``floor``, ``largest_radius``; with `ridge`
+        also ``ridge_gap`` and ``gradient_norm`` (of L in the last layer), upper bounds.
 
     Raises:
         TypeError: model not a module, X not floating point, or y of the wrong dtype.
@@ -207,64 +129,82 @@ def certify_gap(
 
     Source: derived in lesson 3.
     """
-    X = modules.inputs(X)
-    y, loss = _check_targets(y, X, loss)
-    for name, number in (("within", within), ("ridge", ridge)):
-        if number is not None and not (math.isfinite(number) and number > 0):
-            raise ValueError(f"{name} is {number}; a positive finite number is needed")
+    y, loss = check_targets("y", y, len(X), loss)
+    X, y = inputs(X), y.cpu().double() if loss == "squared" else y.cpu()
+    if ridge is not None and not ridge > 0:
+        raise ValueError(f"ridge is {ridge}; a positive number is needed")
     try:
-        network = modules.read(model)
+        network = read(model)
         end = None if ridge is None else head(network, last)
         if end and end.problem:
             return silent(GAP, [], end.problem)
         q, D = modules.enclose(network, X, batch=batch)
+        if q.ndim != 2:
+            raise NoEnclosure(f"the output has shape {tuple(q.shape[1:])} a sample, not a vector")
     except NoEnclosure as error:
         return silent(GAP, [], f"no_enclosure: {error}")
-    _outputs_fit(y, q, loss)
+    check_targets("y", y, len(X), loss, q.shape[1])
     lower, upper = loss_bounds(q, D, y, loss)
-    floor = duplicate_floor_lower(equal_inputs(X), y, loss)
-    gap = round_up(upper - floor)
-    rows = [
-        compare("L - inf L", gap, "<" if within is None else "<=", math.inf if within is None else within, "certified")
-    ]
-    rows += [assumed(LIBRARY)] if loss == "cross_entropy" else library_row(network)
+    constant = bounds.duplicate_floor(torch.zeros(len(X), dtype=torch.int64, device="cpu"), y, loss)
+    floor = bounds.duplicate_floor(equal_inputs(X), y, loss)
+    gap = rigor.round_up(upper - floor)
+    rows = [compare("L; the best constant outputs have", upper, "<", constant, "certified")]
     found = {"gap": gap, "loss_upper": upper, "loss_lower": lower, "floor": floor, "largest_radius": float(D.max())}
     if end:
         found |= _ridge_quantities(end, X, y, loss, ridge, batch)
     if not rows[0].holds:
-        return Certificate(GAP, False, tuple(rows), found, f"gap: at most {gap:.3g} was shown")
+        reason = f"vacuous: L <= {upper:.3g} was shown, and the best constant outputs have {constant:.3g}"
+        return Certificate(GAP, False, tuple(rows), found, reason)
     return Certificate(GAP, True, tuple(rows), found)
 
 
 def _ridge_quantities(end: Head, X: Tensor, y: Tensor, loss: Loss, ridge: float, batch: int) -> dict[str, float]:
-    """``||grad P||^2 / (2 ridge)`` and ``||grad L||`` in the last layer, in plain floating point."""
-    layer = end.last
-    gradient, offset = torch.zeros_like(layer.weight), torch.zeros(layer.out_features).double()
-    done = 0
-    for h, _ in modules.blocks(end.network, X, before=layer, batch=batch):
-        part = y[done : done + len(h)]
-        q = F.linear(h, layer.weight, layer.bias)
-        if loss == "squared":
-            g = q - part
-        else:
-            g = torch.softmax(q, dim=1)
-            g[torch.arange(len(g)), part] -= 1
-        gradient += g.T @ h / len(X)
-        offset += g.sum(dim=0) / len(X)
+    """``||grad P||^2 / (2 ridge)`` and ``||grad L||`` in the last layer, rounded up."""
+    layer, done, gradient = end.last, 0, None
+    for h, D in modules.blocks(end.network, X, before=layer, batch=batch):
+        q, radius = rigor.dense_ball(h, D, layer.weight, layer.bias)
+        G = _slope(Interval.around(q, radius), q.argmax(1), y[done : done + len(h)], loss)
+        part = _transposed_product(G, h, D)
+        part = part if layer.bias is None else rigor.cat([part, G.sum(0).unsqueeze(1)], dim=1)
+        gradient = part if gradient is None else gradient + part
         done += len(h)
-    norm = torch.cat([gradient, offset[:, None]], dim=1) if layer.bias is not None else gradient
-    V = torch.cat([layer.weight, layer.bias[:, None]], dim=1) if layer.bias is not None else layer.weight
+    gradient = gradient / len(X)
+    V = layer.weight if layer.bias is None else torch.cat([layer.weight, layer.bias[:, None]], dim=1)
+    regularized = gradient + point(V) * point(ridge)
     return {
-        "ridge_gap": float((norm + ridge * V).square().sum()) / (2 * ridge),
-        "gradient_norm": float(norm.norm()),
+        "ridge_gap": formulas.upper(rigor.norm(regularized.flatten(0)) ** 2 / (2 * point(ridge))),
+        "gradient_norm": formulas.upper(rigor.norm(gradient.flatten(0))),
     }
 
 
-# --- R: the rate ----------------------------------------------------------------------------------------------------
+def _slope(Q: Interval, a: Tensor, y: Tensor, loss: Loss) -> Interval:
+    """The gradient of each sample's loss in its outputs; of cross-entropy the softmax less the label's code."""
+    if loss == "squared":
+        return Q - y
+    code = torch.nn.functional.one_hot(a, Q.shape[1])
+    ratios = _where(code.bool(), 1.0, _others(Q, a))
+    return ratios / ratios.sum(1).unsqueeze(1) - torch.nn.functional.one_hot(y, Q.shape[1]).double()
+
+
+def _transposed_product(G: Interval, h: Tensor, D: Tensor) -> Interval:
+    """``G^T h``, of an interval and a ball: ``|G - g| <= e`` adds ``e^T (|h| + D)``."""
+    g, e = G.split()
+    value, radius = rigor.dense_ball(g.T.contiguous(), torch.zeros_like(g.T), h.T)
+    size = Interval.around(h.abs(), D).hi
+    extra = [rigor.dense_ball(A.T.contiguous(), torch.zeros_like(A.T), B.T) for A, B in ((e, size), (g.abs(), D))]
+    around = Interval.around(value, radius)
+    for middle, off in extra:
+        more = Interval.around(middle, off).hi
+        around = around + Interval(-more, more)
+    return around
+
+
+# --- R: the rate ------------------------------------------------------------------------------------------------------
 
 RATE = "Rate: gradient descent on the last layer"
 
 
+@checked
 def certify_rate(
     model: nn.Module,
     X: Float[Tensor, "N ..."],
@@ -273,19 +213,23 @@ def certify_rate(
     loss: Loss | None = None,
     last: nn.Module | None = None,
     steps: int = 1000,
+    centred: bool = True,
     method: Literal["auto", "shift", "inverse"] = "auto",
     batch: int = BATCH,
 ) -> Certificate:
     """Prove ``sigma_N(M) > 0`` at the present features, and what gradient descent on the last layer then does.
 
-    ``sigma_N`` of the true features is at least `verified.sigma_min_lower` of the computed ones, less the norm of their
-    radii. Then, for L averaged, ``eta = N / (Lambda sigma_1^2)``, Lambda = 1 (squared) or 1/2 (cross-entropy)::
+    ``sigma_N`` of the true features is at least `rigor.sigma_min_lower` of the computed ones, less the norm of their
+    radii. Then, for L averaged and steps of size `max_step`, at most ``1 / L_H = N / (Lambda sigma_1^2)`` with Lambda
+    = 1 (squared) or 1/2 (cross-entropy)::
 
-        squared:  L(V_t) <= min( (1 - sigma_N^2 / sigma_1^2)^t L(V_0),  R^2 / (2 eta t) ),  R = ||Y - M V_0|| / sigma_N
+        squared:  L(V_t) <= (1 - eta sigma_N^2 / N)^t ||Y - M V_0||^2 / (2 N)
         cross-entropy:  L(V_t) <= (K - 1) / t + (||V_0|| + sqrt(N) log t / sigma_N)^2 / (2 eta t)
-        Nesterov, squared:  L(V_t) <= 2 R^2 / (eta (t + 1)^2)
+        Nesterov, squared:  L(V_t) <= 2 R^2 / (eta (t + 1)^2),  R = ||Y - M V_0|| / sigma_N
 
-    Memory: about five arrays like M, ``8 N (m + 1)`` bytes each; for N up to 20,000.
+    All numbers are those of the coordinates in which the steps are taken: centred ones (`centre`), as in `phase2_gd`
+    and `phase2_nesterov`, or those of the layer itself. Memory: about five arrays like M, ``8 N (m + 1)`` bytes each;
+    for N up to 20,000.
 
     Args:
         model: any module with one input that ends in a dense layer; V_0 is that layer.
@@ -294,27 +238,27 @@ def certify_rate(
         loss: as in `certify_gap`; without y, ``"squared"`` unless given.
         last: the last layer; None for the last ``nn.Linear`` that the model calls.
         steps: t, the number of steps at which the bounds are evaluated.
-        method: see `verified.sigma_min_lower`.
+        centred: whether the steps are taken in centred coordinates; a last layer without bias has none.
+        method: see `rigor.sigma_min_lower`.
         batch: rows evaluated at once.
 
     Returns:
         A certificate. Quantities: ``sigma_min``, ``sigma_max``, ``sigma_min_floats`` (of the computed matrix),
         ``radius`` (the norm of the radii), ``smoothness``, ``max_step``; squared: ``contraction`` c and ``linear_rate``
-        1 - c; with y: ``bound`` (and squared: ``nesterov_bound``, ``distance`` R) after `steps` steps.
+        1 - c; with y: ``start``, a bound on ``L(V_0)``, and ``bound`` after `steps` steps of gradient descent, equal to
+        ``start`` where the rates say nothing; squared: ``nesterov_bound`` and ``distance`` R, too.
 
     Raises:
         TypeError, ValueError: as `certify_gap`, or steps below 1.
 
     Source: derived in lesson 3.
     """
-    X = modules.inputs(X)
     if steps < 1:
         raise ValueError(f"steps is {steps}; a positive number is needed")
     if y is not None:
-        y, loss = _check_targets(y, X, loss)
-    elif loss not in (None, *LOSSES):
-        raise ValueError(f"loss is {loss!r}; one of {', '.join(map(repr, LOSSES))} is needed")
-    loss = loss or "squared"
+        y, loss = check_targets("y", y, len(X), loss)
+        y = y.cpu().double() if loss == "squared" else y.cpu()
+    X, loss = inputs(X), loss or "squared"
     try:
         end = head(model, last)
         if end.problem:
@@ -328,49 +272,68 @@ def certify_rate(
             raise NoEnclosure(f"the last layer's input has shape {tuple(h.shape[1:])} a sample, not a vector")
     except NoEnclosure as error:
         return silent(RATE, [], f"no_enclosure: {error}")
-    M = h if end.last.bias is None else torch.cat([h, h.new_ones(N, 1)], dim=1)
-    radius, floats = rigor.frobenius_norm_upper(D), rigor.sigma_min_lower(M, method=method)
-    sigma = max(0.0, round_down(floats - radius))
-    top = round_up(rigor.spectral_norm_upper(M) + radius)
-    rows += [compare("σ_N(M)", sigma, ">", 0.0, "certified"), *library_row(end.network, _before(end))]
+    A, E, V0_norm = _coordinates(end.last, h, D, centred)
+    radius, floats = rigor.frobenius_norm_upper(E), rigor.sigma_min_lower(A, method=method)
+    sigma = max(0.0, rigor.round_down(floats - radius))
+    top = rigor.round_up(rigor.spectral_norm_upper(A) + radius)
+    rows.append(compare("σ_N(M)", sigma, ">", 0.0, "certified"))
     found = {"sigma_min": sigma, "sigma_max": top, "sigma_min_floats": floats, "radius": radius}
     if not sigma > 0 or not math.isfinite(top):
         reason = f"sigma_min: {floats:.2e} was shown of the computed matrix, whose radius is {radius:.2e}"
         return Certificate(RATE, False, tuple(rows), found, reason)
-    found |= _rates(end.last, M, D, y, loss, sigma, top, steps)
+    found |= _spectrum(N, loss, point(sigma), point(top))
+    if not 0 < found["max_step"] < math.inf:
+        return Certificate(RATE, False, tuple(rows), found, f"range: sigma_1 = {top:.2e} is too large or too small")
+    if y is not None:
+        q = Interval.around(*rigor.dense_ball(h, D, end.last.weight, end.last.bias))
+        found |= _bounds(q, y, loss, found, V0_norm, steps)
     return Certificate(RATE, True, tuple(rows), found)
 
 
-def _before(end: Head) -> set[fx.Node]:
-    (node,) = end.network.calls(end.last)
-    return modules.ancestors(node.args[0])
+def _coordinates(last: nn.Linear, h: Tensor, D: Tensor, centred: bool) -> tuple[Tensor, Tensor, Interval]:
+    """The features in the coordinates of the steps, with radii, and ``|V_0|`` there."""
+    W = point(last.weight)
+    if last.bias is None:
+        return h, D, rigor.norm(W.flatten(0))
+    none = torch.zeros(len(h), 1, dtype=torch.float64, device="cpu")
+    ones, b = torch.ones_like(none), last.bias.detach()
+    if not centred:
+        return torch.cat([h, ones], 1), torch.cat([D, none], 1), rigor.norm(rigor.cat([W.flatten(0), point(b)]))
+    frame = centre(torch.cat([h, ones], 1))
+    middle, spread = (point(h) - frame.mean).split()  # the mean and the scale are exact: they define the coordinates
+    A = torch.cat([middle, frame.scale.expand(len(h), 1)], 1)
+    E = torch.cat([Interval.around(spread, D).hi, none], 1)
+    moved = Interval.around(*rigor.dense_ball(frame.mean, torch.zeros_like(frame.mean), last.weight, last.bias))
+    return A, E, rigor.norm(rigor.cat([W.flatten(0), (moved / frame.scale).flatten(0)]))
 
 
-def _rates(
-    last: nn.Linear, M: Tensor, D: Tensor, y: Tensor | None, loss: Loss, sigma: float, top: float, steps: int
-) -> dict[str, float]:
-    """The numbers of the theorems, rounded to the safe side."""
-    N, curvature = len(M), 1.0 if loss == "squared" else 0.5
-    smooth = curvature * top * top / N * _GROW
-    found = {"smoothness": smooth, "max_step": round_down(1 / smooth)}
-    share = (sigma / top) ** 2 * (1 - 3e-9)  # eta sigma_N^2 / N, rounded down
+def _spectrum(N: int, loss: Loss, sigma: Interval, top: Interval) -> dict[str, float]:
+    """What the singular values say, rounded to the safe side."""
+    L_H = smoothness(top, N, loss)
+    found = {"smoothness": formulas.upper(L_H), "max_step": formulas.lower(1 / L_H)}
     if loss == "squared":
-        found |= {"contraction": share, "linear_rate": round_up(1 - share)}
-    if y is None:
-        return found
-    q, spread = rigor.dense_ball(M[:, : last.in_features], D, last.weight, last.bias)
-    _outputs_fit(y, q, loss)
-    if loss == "squared":
-        r = rigor.frobenius_norm_upper(((q - y).abs() * _GROW + spread).mul_(_GROW))
-        distance = r / sigma * _GROW
-        found["distance"] = distance
-        slow = distance * distance * smooth / (2 * steps) * _GROW
-        fast = math.exp(steps * math.log1p(-share)) * r * r / (2 * N) * _GROW + 1e-300
-        found["bound"] = min(slow, fast)
-        found["nesterov_bound"] = 2 * distance * distance * smooth / (steps + 1) ** 2 * _GROW
-    else:
-        size = rigor.frobenius_norm_upper(last.weight)
-        size = math.hypot(size, float(last.bias.norm())) * _GROW if last.bias is not None else size
-        reach = size + math.sqrt(N) * math.log(steps) / sigma * _GROW
-        found["bound"] = ((q.shape[1] - 1) / steps + reach * reach * smooth / (2 * steps)) * _GROW
+        share = bounds.contraction(sigma, N, point(found["max_step"]))
+        found |= {"contraction": formulas.lower(share), "linear_rate": formulas.upper(1 - share)}
     return found
+
+
+def _bounds(
+    q: Interval, y: Tensor, loss: Loss, found: dict[str, float], V0_norm: Interval, steps: int
+) -> dict[str, float]:
+    """The bounds on the loss after `steps` steps, rounded up."""
+    sigma, step, t = (point(x) for x in (found["sigma_min"], found["max_step"], steps))
+    N, K = q.shape
+    middle, radius = q.split()
+    start = loss_bounds(middle, radius, y, loss)[1]
+    if loss == "cross_entropy":
+        rate = bounds.cross_entropy_rate(sigma, point(N).sqrt(), K, t, step, V0_norm)
+        return {"start": start, "bound": min(start, formulas.upper(rate))}
+    residual = rigor.norm((q - y).flatten(0))
+    R = residual / sigma
+    rate = ((1 - point(found["contraction"])).log() * t).exp() * residual**2 / (2 * N)
+    return {
+        "distance": formulas.upper(R),
+        "start": start,
+        "bound": min(start, formulas.upper(rate)),
+        "nesterov_bound": formulas.upper(bounds.nesterov_rate(R, step, t)),
+    }

@@ -15,24 +15,24 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from companion import rigor
-from companion.certificate import Assumption, Certificate, assumed, compare, silent
+from companion.arguments import checked
+from companion.certificate import Assumption, Certificate, compare, silent
 from companion.data import equal_inputs, equal_pairs
-from companion.networks.reading import Head, Network, NoEnclosure, head
+from companion.networks.layers import Softplus
+from companion.networks.reading import Head, NoEnclosure, head
 from companion.rigor import modules
 from companion.rigor.modules import BATCH
 from companion.rigor.rounding import UNIT
 
-LIBRARY = "exp, log1p and tanh of the library within 8 u"
 _NAMED = 1000  # pairs that are named at most
 _PAIRS = 2**18  # pairs compared at once
 
 
-# --- Distinct points ------------------------------------------------------------------------------------------------
+# --- Distinct points --------------------------------------------------------------------------------------------------
 
 
 class Separation(NamedTuple):
@@ -53,6 +53,7 @@ class Separation(NamedTuple):
     pairs: list[tuple[int, int]]
 
 
+@checked(double=True)
 def separation(
     xi: Float[Tensor, "N p"], D: Float[Tensor, "N p"] | None = None, *, seed: int = 0, limit: int = 10**8
 ) -> Separation:
@@ -79,7 +80,8 @@ def separation(
     """
     D = torch.zeros_like(xi) if D is None else D
     rigor.check_ball(xi, D, 2)
-    w = torch.randn(1, xi.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(1, xi.shape[1], dtype=torch.float64, device="cpu", generator=generator)
     z, e = (column[:, 0] for column in rigor.dense_ball(xi, D, w))
     if not bool(torch.isfinite(z).all() and torch.isfinite(e).all()):
         raise ValueError("xi overflows in a projection; smaller numbers are needed")
@@ -116,20 +118,12 @@ def _some(pairs: list[tuple[int, int]], total: int | None = None, most: int = 5)
     return ", ".join(str(p) for p in pairs[:most]) + (f" and {total - most} more" if total > most else "")
 
 
-def library_row(network: Network, nodes: set[fx.Node] | None = None) -> list[Assumption]:
-    """The line about the library's functions, if one of them is used (at one of `nodes`)."""
-    used = False
-    for node in network.nodes if nodes is None else nodes:
-        layer = network.layer(node)
-        used |= isinstance(layer, modules.ASSUMES_LIBRARY) or node.target in (torch.tanh, F.tanh, "tanh")
-    return [assumed(LIBRARY)] if used else []
-
-
-# --- E: expressivity ------------------------------------------------------------------------------------------------
+# --- E: expressivity --------------------------------------------------------------------------------------------------
 
 EXPRESSIVITY = "Expressivity: rank M = N for almost every wide layer"
 
 
+@checked
 def certify_expressivity(
     model: nn.Module,
     X: Float[Tensor, "N ..."],
@@ -184,8 +178,6 @@ def certify_expressivity(
     radius = float(D.max())
     status = "certified" if radius else "exact"
     rows.append(compare("pairs ξ_i, ξ_j not shown distinct", found.unresolved, "=", 0, status))
-    (wide,) = end.network.calls(end.wide)
-    rows += library_row(end.network, modules.ancestors(wide.args[0]))
     if found.unresolved:
         pairs = _some(found.pairs, found.unresolved)
         reason = f"not_separated: the lower features of samples {pairs}, known up to {radius:.1e}"
@@ -217,8 +209,9 @@ def _expressive_rows(end: Head, X: Tensor) -> tuple[list[Assumption], str]:
     if end.network.shared(end.wide):
         return rows, "architecture: the wide layer is used twice or shares its parameters"
     if not rows[2].holds:
-        why = "clipped, not analytic; use companion.networks.Softplus" if "Softplus" in end.activation else "not listed"
-        return rows, f"activation: {end.activation} is {why}"
+        return rows, f"activation: {end.activation} is {_why_not(end.activation)}"
+    if (beta := _sharpness(end)) is not None and not 0 < beta < math.inf:
+        return rows, f"activation: {end.activation} has beta = {beta}; a positive number is needed"
     if not rows[3].holds:
         return rows, "bias: the wide layer has none, and odd activations then lose rank"
     if not rows[1].holds:
@@ -227,3 +220,20 @@ def _expressive_rows(end: Head, X: Tensor) -> tuple[list[Assumption], str]:
         pairs = _some(equal_pairs(groups))
         return rows, f"equal_inputs: samples {pairs} are equal, and so are their features at every width"
     return rows, ""
+
+
+def _why_not(activation: str) -> str:
+    """What is wrong with an activation that is not listed, and the repair where there is one."""
+    name = activation.lower()
+    if "softplus" in name:
+        return "clipped, not analytic; use companion.networks.Softplus"
+    if "relu" in name:
+        return "not analytic; companion.networks.Softplus is"
+    return "not listed"
+
+
+def _sharpness(end: Head) -> float | None:
+    """The softplus' beta at the time of asking, which may have been set by hand; None for another activation."""
+    (node,) = end.network.calls(end.last)
+    layer = end.network.layer(node.args[0])
+    return float(layer.beta) if isinstance(layer, Softplus) else None

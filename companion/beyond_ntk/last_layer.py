@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from companion import data, rigor
+from companion.arguments import checked
 
+Loss = Literal["squared", "cross_entropy"]
 LAMBDA = {"squared": 1.0, "cross_entropy": 0.5}  # Lipschitz constants of the losses' gradients
 _RIGOROUS = 4096  # up to this many samples or features sigma_1 is bounded rigorously
 
@@ -28,44 +30,76 @@ _RIGOROUS = 4096  # up to this many samples or features sigma_1 is bounded rigor
 # --- The loss ---------------------------------------------------------------------------------------------------------
 
 
-def check_problem(M: Tensor, V: Tensor | None, Y: Tensor, loss: str) -> None:
+def check_targets(name: str, Y: Tensor, N: int, loss: str | None, K: int | None = None) -> tuple[Tensor, Loss]:
+    """Refuse targets that do not fit, and say which loss they are for.
+
+    Args:
+        name: what the caller calls them.
+        Y: targets ``(N, K)``, or ``(S, N, K)``, for the squared loss; integer labels ``(N,)`` for cross-entropy.
+        N: number of samples.
+        loss: ``"squared"`` or ``"cross_entropy"``; None for what the dtype says.
+        K: number of outputs; None where it is not known.
+
+    Returns:
+        The targets without a gradient, labels as int64, and the loss.
+
+    Raises:
+        TypeError: not a tensor, or a dtype that is not the loss'.
+        ValueError: an unknown loss, a wrong shape, NaN or infinity, labels out of range, or a single class.
+    """
+    if not isinstance(Y, Tensor):
+        raise TypeError(f"{name} is a {type(Y).__name__}; a torch.Tensor is needed")
+    if loss not in (None, *LAMBDA):
+        raise ValueError(f"loss is {loss!r}; 'squared' or 'cross_entropy' is needed")
+    loss = loss or ("squared" if Y.is_floating_point() else "cross_entropy")
+    squared = loss == "squared"
+    if Y.is_floating_point() != squared or Y.is_complex() or Y.dtype == torch.bool:
+        what = "floating-point targets (N, K)" if squared else "integer labels (N,)"
+        raise TypeError(f"{name} is {Y.dtype}; loss {loss!r} needs {what}")
+    if (Y.ndim < 2 if squared else Y.ndim != 1) or Y.shape[-2 if squared else 0] != N:
+        shape, wrong = ("(N, K)", 1) if squared else ("(N,)", 2)
+        repair = f"; write {name}[:, {'None' if squared else '0'}]" if Y.ndim == wrong and len(Y) == N else ""
+        raise ValueError(f"{name} has shape {tuple(Y.shape)}; {shape} with N = {N} is needed{repair}")
+    Y = Y.detach()
+    if squared:
+        if not bool(torch.isfinite(Y).all()):
+            raise ValueError(f"{name} holds NaN or infinity; finite numbers are needed")
+        if K is not None and Y.shape[-1] != K:
+            raise ValueError(f"{name} has {Y.shape[-1]} columns, but there are {K} outputs; they must be equal")
+        return Y, loss
+    low, high = int(Y.min()), int(Y.max())
+    if low < 0 or (K is not None and high >= K):
+        raise ValueError(f"{name} holds labels {low} to {high}; 0 to {'K - 1' if K is None else K - 1} is needed")
+    if low == high:
+        raise ValueError(f"{name} holds one class only; at least two classes are needed")
+    return Y.long(), loss
+
+
+def check_problem(M: Tensor, V: Tensor, Y: Tensor, loss: str) -> Tensor:
     """Refuse features, last layers and targets that do not form a phase-2 problem.
 
     Args:
         M: features ``(N, m+1)`` or ``(S, N, m+1)``.
-        V: last layer ``(m+1, K)`` or ``(S, m+1, K)``, or None.
-        Y: targets ``(N, K)`` for the squared loss, int64 labels ``(N,)`` for cross-entropy.
+        V: last layer ``(m+1, K)`` or ``(S, m+1, K)``.
+        Y: targets ``(N, K)`` for the squared loss, labels ``(N,)`` for cross-entropy.
         loss: ``"squared"`` or ``"cross_entropy"``.
 
+    Returns:
+        The targets, labels as int64.
+
     Raises:
-        TypeError: a wrong dtype.
-        ValueError: an unknown loss, wrong shapes, no rows, NaN or infinity, labels out of range, or a single class.
+        TypeError: a wrong dtype, or dtypes that differ.
+        ValueError: as `check_targets`, or shapes that do not fit.
     """
-    if loss not in LAMBDA:
-        raise ValueError(f"loss is {loss!r}; 'squared' or 'cross_entropy' is needed")
     data.check_matrix("M", M, "(N, m+1), or a stack,", stacks=True)
-    if V is not None:
-        data.check_matrix("V", V, "(m+1, K), or a stack,", stacks=True)
-    if loss == "squared":
-        data.check_matrix("Y", Y, "(N, K), or a stack,", stacks=True)
-    if Y.shape[-2 if loss == "squared" else -1] != M.shape[-2]:
-        raise ValueError(
-            f"M has {M.shape[-2]} rows and Y has shape {tuple(Y.shape)}; one target for each row is needed"
-        )
-    if V is not None and V.shape[-2] != M.shape[-1]:
+    data.check_matrix("V", V, "(m+1, K), or a stack,", stacks=True)
+    Y, loss = check_targets("Y", Y, M.shape[-2], loss, V.shape[-1])
+    if V.shape[-2] != M.shape[-1]:
         raise ValueError(f"M has {M.shape[-1]} columns and V has {V.shape[-2]} rows; they must be equal")
-    if loss == "squared":
-        if V is not None and Y.shape[-1] != V.shape[-1]:
-            raise ValueError(f"Y has {Y.shape[-1]} columns and V has {V.shape[-1]}; they must be equal")
-        return
-    if Y.dtype != torch.int64 or Y.ndim != 1:
-        raise TypeError(f"Y is {Y.dtype} of shape {tuple(Y.shape)}; int64 labels (N,) are needed for cross-entropy")
-    K = None if V is None else V.shape[-1]
-    low, high = int(Y.min()), int(Y.max())
-    if low < 0 or (K is not None and high >= K):
-        raise ValueError(f"Y holds labels {low} to {high}; 0 to {'K - 1' if K is None else K - 1} is needed")
-    if low == high or K == 1:
-        raise ValueError("Y holds one class only; at least two classes are needed")
+    for name, A in (("V", V), ("Y", Y)):
+        if A.is_floating_point() and A.dtype != M.dtype:
+            raise TypeError(f"{name} is {A.dtype} and M is {M.dtype}; equal dtypes are needed")
+    return Y
 
 
 def pointwise(q: Float[Tensor, "... N K"], Y: Tensor, loss: str = "squared") -> Float[Tensor, "... N"]:
@@ -91,9 +125,10 @@ def slope(q: Float[Tensor, "... N K"], Y: Tensor, loss: str = "squared") -> Floa
     return q - Y if loss == "squared" else torch.softmax(q, -1) - torch.nn.functional.one_hot(Y, q.shape[-1]).to(q)
 
 
+@checked
 def average_loss(
     M: Float[Tensor, "... N p"], V: Float[Tensor, "... p K"], Y: Tensor, loss: str = "squared"
-) -> Float[Tensor, ...]:
+) -> Float[Tensor, "*S"]:
     """Compute ``L(V) = (1/N) sum_i l_i(M_i V)``, an average over the samples.
 
     Args:
@@ -105,8 +140,7 @@ def average_loss(
     Returns:
         A number for each network.
     """
-    check_problem(M, V, Y, loss)
-    return pointwise(M @ V, Y, loss).mean(-1)
+    return pointwise(M @ V, check_problem(M, V, Y, loss), loss).mean(-1)
 
 
 # --- The features' geometry -------------------------------------------------------------------------------------------
@@ -147,6 +181,7 @@ class Centred(NamedTuple):
         return torch.cat([h - self.mean.mT @ b, self.scale * b], dim=-2)
 
 
+@checked
 def centre(M: Float[Tensor, "... N p"]) -> Centred:
     """Find the coordinates in which ``M = [h, 1]`` becomes ``[h - mean, c 1]``: same span, smaller ``L_H``.
 
@@ -177,7 +212,7 @@ def centre(M: Float[Tensor, "... N p"]) -> Centred:
 Map = Callable[[Tensor], Tensor]
 
 
-def top_singular_value(apply: Map, transposed: Map, like: Tensor, rounds: int = 200) -> Float[Tensor, ...]:
+def top_singular_value(apply: Map, transposed: Map, like: Tensor, rounds: int = 200) -> Float[Tensor, "*S"]:
     """The largest singular value to about three digits, from below, by power iteration with a fixed start.
 
     `like` is ``(..., 1, p)`` and gives the number of columns, the dtype and the device.
@@ -194,13 +229,14 @@ def top_singular_value(apply: Map, transposed: Map, like: Tensor, rounds: int = 
     return value
 
 
+@checked
 def curvature(
     M: Float[Tensor, "... N p"], loss: str = "squared", *, frame: Centred | None = None
-) -> Float[Tensor, ...]:
+) -> Float[Tensor, "*S"]:
     """Compute an upper bound on ``L_H = Lambda sigma_1^2 / N``; the step ``1 / L_H`` is covered by the theorems.
 
-    On the CPU in float64, with at most 4,096 samples or features, the bound on ``sigma_1`` is rigorous; else it is the
-    power iteration's value plus one percent, measured.
+    Where `is_rigorous` (float64 on the CPU, at most 4,096 samples or features) it is one for sure, with all rounding;
+    else it is the power iteration's value plus one percent, measured.
 
     Args:
         M: features ``(N, m+1)`` or ``(S, N, m+1)``.
@@ -209,17 +245,34 @@ def curvature(
 
     Returns:
         A number for each network.
+
+    Raises:
+        ValueError: an unknown loss, or features that are no matrix of finite numbers.
     """
+    data.check_matrix("M", M, "(N, m+1), or a stack,", stacks=True)
     if loss not in LAMBDA:
         raise ValueError(f"loss is {loss!r}; 'squared' or 'cross_entropy' is needed")
-    if M.dtype == torch.float64 and M.device.type == "cpu" and min(M.shape[-2:]) <= _RIGOROUS:
+    if is_rigorous(M):
         A = frame.features(M) if frame else M
-        stack = A.reshape(-1, *A.shape[-2:])
-        sigma = M.new_tensor([rigor.spectral_norm_upper(B.contiguous()) for B in stack]).reshape(M.shape[:-2])
-    elif frame:
-        sigma = 1.01 * top_singular_value(
-            lambda x: M @ frame.back(x), lambda y: frame.pull((y.mT @ M).mT), M[..., :1, :]
-        )
+        # the centred features are rounded, entry by entry: that moves sigma_1 by u times their norm at most
+        sigma = [
+            rigor.spectral_norm_upper(B) + 2 * rigor.UNIT * rigor.frobenius_norm_upper(B)
+            for B in A.reshape(-1, *A.shape[-2:]).contiguous()
+        ]
+        top = rigor.point(M.new_tensor([rigor.round_up(x) for x in sigma]).reshape(M.shape[:-2]))
+        return smoothness(top, M.shape[-2], loss).hi
+    if frame:
+        sigma = top_singular_value(lambda x: M @ frame.back(x), lambda y: frame.pull((y.mT @ M).mT), M[..., :1, :])
     else:
-        sigma = 1.01 * top_singular_value(lambda x: M @ x, lambda y: (y.mT @ M).mT, M[..., :1, :])
-    return LAMBDA[loss] * sigma.square() / M.shape[-2]
+        sigma = top_singular_value(lambda x: M @ x, lambda y: (y.mT @ M).mT, M[..., :1, :])
+    return smoothness(1.01 * sigma, M.shape[-2], loss)
+
+
+def is_rigorous(M: Tensor) -> bool:
+    """Whether `curvature` of these features is a proved bound."""
+    return M.dtype == torch.float64 and M.device.type == "cpu" and min(M.shape[-2:]) <= _RIGOROUS
+
+
+def smoothness(sigma_1: Any, N: int, loss: str) -> Any:
+    """``L_H = Lambda sigma_1^2 / N``, for a tensor or an interval."""
+    return sigma_1**2 * LAMBDA[loss] / N

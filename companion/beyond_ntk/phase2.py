@@ -17,16 +17,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from companion import descent
+from companion.arguments import checked
 from companion.beyond_ntk.last_layer import (
     Centred,
     average_loss,
     centre,
     check_problem,
     curvature,
+    is_rigorous,
     pointwise,
     slope,
     top_singular_value,
 )
+from companion.rigor.rounding import down
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class Phase2:
         losses: ``L(V_t)`` at the recorded t, ``(T,)``; with a leading ensemble axis ``(T, S)``.
         steps: the recorded t, ``(T,)``.
         step: the step size used; None where there is none.
-        covered: whether a rate of lesson 3 covers this method and step. A loss below a bound needs no rate.
+        covered: how surely a rate of lesson 3 covers this method and step: ``"certified"``, ``"measured"`` where `step`
+            or ``sigma_1`` is, or ``""`` if none does. A loss below a bound needs no rate.
         centred: whether the steps were taken in centred coordinates, see `centre`.
         average: the mean of the iterates, where the method's theorem is about it.
     """
@@ -49,7 +53,7 @@ class Phase2:
     losses: Tensor
     steps: Tensor
     step: float | Tensor | None = None
-    covered: bool = False
+    covered: str = ""
     centred: bool = False
     average: Tensor | None = None
 
@@ -57,11 +61,11 @@ class Phase2:
 # --- Gradient descent and Nesterov's method ---------------------------------------------------------------------------
 
 
-def _step(M: Tensor, loss: str, step: float | Tensor | None, kind: str, frame: Centred | None) -> tuple[Tensor, bool]:
-    """The step of every network and whether the theorems cover it; refused where it must diverge."""
+def _step(M: Tensor, loss: str, step: float | Tensor | None, kind: str, frame: Centred | None) -> tuple[Tensor, str]:
+    """The step of every network and how surely the theorems cover it; refused where it must diverge."""
     L_H = curvature(M, loss, frame=frame)
     if step is None:
-        return 1 / L_H, True
+        step = down(1 / L_H) if is_rigorous(M) else 1 / L_H
     eta = torch.as_tensor(step, dtype=M.dtype, device=M.device).expand(L_H.shape)
     if not bool((torch.isfinite(eta) & (eta > 0)).all()):
         raise ValueError(f"step is {step}; a positive finite number is needed")
@@ -71,7 +75,8 @@ def _step(M: Tensor, loss: str, step: float | Tensor | None, kind: str, frame: C
         raise ValueError(f"step is {excess:.3g} / L_H; squared loss diverges above 2 / L_H")
     if excess > 1 + 1e-6:
         warnings.warn(f"step is {excess:.3g} / L_H, not covered by the rate of {kind}", stacklevel=3)
-    return eta.clone(), excess <= 1 + 1e-6
+        return eta.clone(), ""
+    return eta.clone(), "certified" if is_rigorous(M) and excess <= 1 else "measured"
 
 
 def _descend(
@@ -87,7 +92,7 @@ def _descend(
     options: Mapping[str, Any],
 ) -> Phase2:
     """Gradient descent or Nesterov's method; M V is kept beside V, so that a step costs two products."""
-    check_problem(M, V0, Y, loss)
+    Y = check_problem(M, V0, Y, loss)
     single = M.ndim == 2
     M, V0 = (M[None], V0[None]) if single else (M, V0)
     frame = centre(M) if centred else None
@@ -142,6 +147,7 @@ def _momenta(steps: int) -> list[float]:
     return a
 
 
+@checked
 def phase2_gd(
     M: Float[Tensor, "*S N p"],
     V0: Float[Tensor, "*S p K"],
@@ -182,6 +188,7 @@ def phase2_gd(
     return _descend("gd", M, V0, Y, loss, step, steps, every, centred, options)
 
 
+@checked
 def phase2_nesterov(
     M: Float[Tensor, "*S N p"],
     V0: Float[Tensor, "*S p K"],
@@ -206,30 +213,24 @@ def phase2_nesterov(
 # --- Least squares and L-BFGS -----------------------------------------------------------------------------------------
 
 
-def _targets(Y: Tensor, V: Tensor, loss: str, margin: float) -> Tensor:
-    """What least squares fits: the targets, or for labels ``margin`` times their one-hot code."""
-    return Y if loss == "squared" else margin * torch.nn.functional.one_hot(Y, V.shape[-1]).to(V)
-
-
+@checked
 def phase2_least_squares(
     M: Float[Tensor, "N p"],
     V0: Float[Tensor, "p K"],
     Y: Tensor,
     *,
     loss: str = "squared",
-    margin: float = 1.0,
 ) -> Phase2:
     """Solve ``min |M V - Y|``, and among the solutions take the one nearest to V0: ``V = V0 + M^+ (Y - M V0)``.
 
     QR and two rounds of refinement; where M is too close to losing rank, singular values with a cut-off. For labels the
-    one-hot code times `margin` is fitted: another objective than cross-entropy, whose value is what is recorded.
+    one-hot code is fitted: another objective than cross-entropy, whose value is what is recorded.
 
     Args:
         M: features ``[h, 1]``, ``(N, m+1)``.
         V0: the start ``(m+1, K)``.
         Y: targets ``(N, K)``, or labels ``(N,)``.
         loss: which loss is recorded.
-        margin: the height of the one-hot code for labels.
 
     Returns:
         The run; ``losses`` holds the loss before and after.
@@ -240,8 +241,8 @@ def phase2_least_squares(
     Warns:
         UserWarning: ``u sigma_1 / sigma_min > 1e-6``: the solution is huge and predicts poorly.
     """
-    check_problem(M, V0, Y, loss)
-    target = _targets(Y, V0, loss, margin)
+    Y = check_problem(M, V0, Y, loss)
+    target = Y if loss == "squared" else torch.nn.functional.one_hot(Y, V0.shape[-1]).to(M)
     wide = M.shape[0] <= M.shape[1]
     Q, R = torch.linalg.qr(M.mT if wide else M)
     spread = _spread(R)
@@ -270,7 +271,7 @@ def _spread(R: Float[Tensor, "n n"], rounds: int = 8) -> float:
         return math.inf
     g = torch.Generator().manual_seed(1)
     x = torch.randn(len(R), 2, generator=g, dtype=torch.float64).to(R)
-    largest = smallest = torch.ones((), dtype=R.dtype)
+    smallest = R.new_ones(())
     for _ in range(rounds):
         x = x / torch.linalg.vector_norm(x)
         y = torch.linalg.solve_triangular(R.mT, x, upper=False)
@@ -280,6 +281,7 @@ def _spread(R: Float[Tensor, "n n"], rounds: int = 8) -> float:
     return float(largest * smallest)
 
 
+@checked
 def phase2_lbfgs(
     M: Float[Tensor, "N p"],
     V0: Float[Tensor, "p K"],
@@ -309,9 +311,12 @@ def phase2_lbfgs(
     Raises:
         ValueError: data that do not fit, or a negative ridge.
     """
-    check_problem(M, V0, Y, loss)
+    Y = check_problem(M, V0, Y, loss)
     if not (math.isfinite(ridge) and ridge >= 0):
         raise ValueError(f"ridge is {ridge}; a number >= 0 is needed")
+    start = average_loss(M, V0, Y, loss)
+    if not math.isfinite(float(start + ridge * V0.square().sum())):
+        raise ValueError("M, V0 or Y is so large that the loss at V0 overflows; smaller numbers are needed")
     frame = centre(M) if centred else None
     back = frame.back if frame else _same
     V = (frame.to(V0) if frame else V0.clone()).detach().requires_grad_()
@@ -336,13 +341,14 @@ def phase2_lbfgs(
         optimizer.step(objective)
     V = back(V.detach())
     taken = optimizer.state[optimizer.param_groups[0]["params"][0]].get("n_iter", steps)
-    losses = torch.stack([average_loss(M, v, Y, loss) for v in (V0, V)])
+    losses = torch.stack([start, average_loss(M, V, Y, loss)])
     return Phase2("lbfgs", V, losses, torch.tensor([0, taken]), centred=centred)
 
 
 # --- Stochastic gradients ---------------------------------------------------------------------------------------------
 
 
+@checked
 def phase2_momentum_sgd(
     M: Float[Tensor, "N p"],
     V0: Float[Tensor, "p K"],
@@ -380,7 +386,7 @@ def phase2_momentum_sgd(
     Raises:
         ValueError: data that do not fit, or a number out of range.
     """
-    check_problem(M, V0, Y, loss)
+    Y = check_problem(M, V0, Y, loss)
     if not (step > 0 and 0 <= momentum < 1 and batch >= 1):
         raise ValueError(f"step, momentum, batch are {step}, {momentum}, {batch}; > 0, in [0, 1) and >= 1 are needed")
     N = len(M)
@@ -403,6 +409,7 @@ def phase2_momentum_sgd(
     return Phase2("momentum_sgd", run.weights[0], run.residual[:, 0], run.steps, step)
 
 
+@checked
 def single_sample_sgd(
     M: Float[Tensor, "N p"],
     V0: Float[Tensor, "p K"],
@@ -436,7 +443,7 @@ def single_sample_sgd(
     Raises:
         ValueError: data that do not fit, or a step that is not positive.
     """
-    check_problem(M, V0, Y, loss)
+    Y = check_problem(M, V0, Y, loss)
     eta = 1 / float(M.square().sum(1).max()) if step is None else step
     if not (math.isfinite(eta) and eta > 0):
         raise ValueError(f"step is {step}; a positive finite number is needed")
@@ -450,11 +457,7 @@ def single_sample_sgd(
             total.add_(V)
             rows = M[i][:, None, :]
             q = rows @ V
-            if loss == "squared":
-                g = q - Y[i][:, None, :]
-            else:
-                g = torch.softmax(q, -1) - torch.nn.functional.one_hot(Y[i], q.shape[-1]).to(q)[:, None, :]
-            V.sub_(rows.mT * g, alpha=eta)
+            V.sub_(rows.mT * slope(q[:, 0], Y[i], loss)[:, None], alpha=eta)
         return value
 
     V = V0.expand(S, *V0.shape)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, as_completed
@@ -144,17 +143,7 @@ def _keys(function: Callable[..., Any], configurations: Sequence[Mapping[str, An
     """One SHA-256 for each configuration, of the function's name and source and of the configuration in JSON."""
     if not callable(function):
         raise TypeError(f"function is {type(function).__name__}; a function is needed")
-    plain = function
-    bound: dict[str, Any] = {}
-    while isinstance(plain, functools.partial):  # what is bound in advance belongs to the configuration
-        if plain.args:
-            raise TypeError("function is a partial with positional arguments; bind by name, so that they can be hashed")
-        bound, plain = {**plain.keywords, **bound}, plain.func
-    try:
-        source = inspect.getsource(plain)
-    except (OSError, TypeError):
-        source = ""
-    name = f"{getattr(plain, '__module__', '')}.{getattr(plain, '__qualname__', repr(plain))}"
+    who = runs.identity(function)
     keys: dict[str, int] = {}
     for i, configuration in enumerate(configurations):
         if not isinstance(configuration, Mapping):
@@ -162,7 +151,7 @@ def _keys(function: Callable[..., Any], configurations: Sequence[Mapping[str, An
                 f"configuration {i} is {type(configuration).__name__}; a mapping of names to values is needed"
             )
         try:
-            text = json.dumps([name, source, bound, dict(configuration)], sort_keys=True, allow_nan=False)
+            text = json.dumps([who, dict(configuration)], sort_keys=True, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise TypeError(
                 f"configuration {i} is not plain ({error}); finite numbers, strings and lists needed"

@@ -9,6 +9,7 @@ s.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ class DensityFlow:
         t: depths ``(D,)``, Chebyshev points of [0, 1].
         centres: of the cells ``(N,)``.
         rho: cell averages ``(T, D, N)``; their sum times the width of a cell is 1.
-        loss: E ``(T,)``.
+        loss: E ``(T,)``, without the regulariser.
         Z: states ``(T, D, n, 1)``.
     """
 
@@ -95,13 +96,14 @@ class _Grid:
         r = self.Z[-1] @ self.v - self.y
         return self.Z, self.depth.adjoint(J, r[:, None] * self.v), r
 
-    def speed(self, rho: Tensor) -> Tensor:
+    def speed(self, rho: Tensor, s: float, decay: float) -> Tensor:
         """``V`` at the inner faces, ``(D, N - 1)``."""
         Z, P, _ = self.net(rho)
         faces = self.faces[1:-1, None, None]
         z, p = (A.reshape(1, -1, 1).expand(len(faces), -1, -1) for A in (Z, P))
         rows = self.block.rows(z, faces, p).reshape(len(faces), *Z.shape[:2])
-        return -rows.mean(-1).T
+        V = -rows.mean(-1).T
+        return V - 2 * decay * math.exp(-s) * self.faces[1:-1] if decay else V
 
     def rate(self, rho: Tensor, V: Tensor) -> Tensor:
         """``-(flux right - flux left) / width``, no flux through the two ends."""
@@ -127,6 +129,7 @@ def fv_flow(
     times: Sequence[float] | Float[Tensor, " T"],
     depth: int = 13,
     cfl: float = 0.5,
+    decay: float = 0.0,
 ) -> DensityFlow:
     """Solve ``d_s rho = d_theta (rho d_theta (dE/drho))`` at every depth on a grid of cells.
 
@@ -141,6 +144,7 @@ def fv_flow(
         times: increasing training times at which to keep the flow.
         depth: number of Chebyshev points in depth.
         cfl: the largest part of a cell that is crossed in one step.
+        decay: as in `limit_flow`.
 
     Returns:
         A `DensityFlow`.
@@ -160,11 +164,11 @@ def fv_flow(
     rho, s, kept = grid.averages(density), 0.0, []
     for target in times.tolist():
         while s < target - 1e-12:
-            V = grid.speed(rho)
+            V = grid.speed(rho, s, decay)
             h = min(target - s, cfl * grid.width / max(float(V.abs().max()), 1e-12))
             one = rho + h * grid.rate(rho, V)
-            two = 0.75 * rho + 0.25 * (one + h * grid.rate(one, grid.speed(one)))
-            rho = (rho + 2 * (two + h * grid.rate(two, grid.speed(two)))) / 3
+            two = 0.75 * rho + 0.25 * (one + h * grid.rate(one, grid.speed(one, s + h, decay)))
+            rho = (rho + 2 * (two + h * grid.rate(two, grid.speed(two, s + h / 2, decay)))) / 3
             s += h
         Z, _, r = grid.net(rho)
         if float(rho[:, [0, -1]].abs().max()) > 1e-3 * float(rho.max()):

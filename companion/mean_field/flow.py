@@ -179,7 +179,7 @@ class Flow:
     Args:
         times: training times s ``(T,)``.
         t: depths ``(D,)``, Chebyshev points of [0, 1].
-        loss: E ``(T,)``.
+        loss: E ``(T,)``, without the regulariser.
         Z: states ``(T, D, n, d)``.
         P: adjoint states ``(T, D, n, d)``.
         theta: particles ``(T, D, M, k)``.
@@ -221,8 +221,11 @@ def check_times(times: Sequence[float] | Tensor) -> Float[Tensor, " T"]:
 class _Limit:
     """The right-hand side of the limit flow in collocation; remembers the last states as the next guess."""
 
-    def __init__(self, block: Block, X: Tensor, y: Tensor, v: Tensor, weights: Tensor, depth: Depth) -> None:
-        self.block, self.X, self.y, self.v, self.weights, self.depth = block, X, y, v, weights, depth
+    def __init__(
+        self, block: Block, X: Tensor, y: Tensor, v: Tensor, weights: Tensor, depth: Depth, decay: float
+    ) -> None:
+        self.block, self.X, self.y, self.v, self.weights = block, X, y, v, weights
+        self.depth, self.decay = depth, decay
         self.Z: Tensor | None = None
 
     def solve(self, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -244,9 +247,10 @@ class _Limit:
             Z.append(Z[-1] + gap * self.block.mean_field(Z[-1][None], theta[j, None], self.weights)[0])
         return torch.stack(Z)
 
-    def velocity(self, theta: Tensor) -> Tensor:
+    def velocity(self, theta: Tensor, s: float) -> Tensor:
         Z, P, _ = self.solve(theta)
-        return self.block.pull(Z, theta, self.weights, P)[1] / -len(self.y)
+        move = self.block.pull(Z, theta, self.weights, P)[1] / -len(self.y)
+        return move - 2 * self.decay * math.exp(-s) * theta if self.decay else move
 
 
 @checked(double=True)
@@ -262,6 +266,7 @@ def limit_flow(
     step: float,
     method: Literal["rk4", "gd"] = "rk4",
     depth: int = 13,
+    decay: float = 0.0,
 ) -> Flow:
     """Integrate ``d theta/ds = -grad (dE/drho)`` for weighted particles: the infinitely deep net of law ``rho``.
 
@@ -276,6 +281,7 @@ def limit_flow(
         step: the largest step in s; each interval between two times is divided evenly.
         method: ``"rk4"`` for the flow, ``"gd"`` for gradient descent of this step (Euler in s).
         depth: number of points in depth.
+        decay: c in the regulariser ``c e^{-s} int int |theta|^2``, which the paper's flow has with c = 1 (0: none).
 
     Returns:
         A `Flow`.
@@ -296,12 +302,13 @@ def limit_flow(
         theta = theta.expand(depth, -1, -1)
     if theta.ndim != 3 or len(theta) != depth:
         raise ValueError(f"theta has shape {tuple(theta.shape)}; (M, k) or ({depth}, M, k) is needed")
-    limit = _Limit(block, X, y, v, weights, rule)
+    limit = _Limit(block, X, y, v, weights, rule, decay)
     theta, s, kept = theta.clone(), 0.0, []
     for target in times.tolist():
         count = math.ceil((target - s) / step - 1e-9)
-        for _ in range(count):
-            theta = _advance(limit, theta, (target - s) / count, method)
+        for j in range(count):
+            h = (target - s) / count
+            theta = _advance(limit, theta, s + j * h, h, method)
         s = target
         Z, P, r = limit.solve(theta)
         kept.append((0.5 * r.square().mean(), Z, P, theta))
@@ -309,11 +316,11 @@ def limit_flow(
     return Flow(times.to(X), rule.t, loss, Z, P, particles, weights)
 
 
-def _advance(limit: _Limit, theta: Tensor, h: float, method: str) -> Tensor:
-    one = limit.velocity(theta)
+def _advance(limit: _Limit, theta: Tensor, s: float, h: float, method: str) -> Tensor:
+    one = limit.velocity(theta, s)
     if method == "gd":
         return theta + h * one
-    two = limit.velocity(theta + h / 2 * one)
-    three = limit.velocity(theta + h / 2 * two)
-    four = limit.velocity(theta + h * three)
+    two = limit.velocity(theta + h / 2 * one, s + h / 2)
+    three = limit.velocity(theta + h / 2 * two, s + h / 2)
+    four = limit.velocity(theta + h * three, s + h)
     return theta + h / 6 * (one + 2 * (two + three) + four)

@@ -1,4 +1,4 @@
-"""Three certificates of the distance to the minimum-norm solution, and what the first says about functions.
+"""Three certificates of the distance to the minimum-norm solution, and what the second says about functions.
 
 `certify_width` asks the kernel alone, `certify` the initial weights, `certify_after` any later ones; the last two are
 the counting argument of `companion.minimum_norm.gates`.
@@ -13,54 +13,34 @@ from jaxtyping import Float
 from torch import Tensor
 
 from companion import data, kernels, rigor
-from companion.certificate import Assumption, Certificate, assumed, compare
+from companion.arguments import checked
+from companion.certificate import Assumption, Certificate, assumed, compare, gather, silent
 from companion.minimum_norm import first_layer, gates
-from companion.minimum_norm.gates import SLACK, Loop, Problem, largest_eigenvalue
-from companion.minimum_norm.kernel_limit import equal_norm
-from companion.minimum_norm.solution import MinimumNorm, check_problem, check_steps, solve, warn_of_large_steps
+from companion.minimum_norm.gates import ClosedLoop, Level, Problem, Reference, largest_eigenvalue, lower, upper
+from companion.minimum_norm.kernel_limit import check_inputs, check_scale, equal_norm
+from companion.minimum_norm.solution import (
+    MinimumNorm,
+    check_belongs,
+    check_problem,
+    check_steps,
+    solve,
+    warn_of_large_steps,
+)
+from companion.rigor.formulas import sqrt
+
+_BEFORE, _AFTER = "Counting theorem ({}), before training", "Counting theorem ({}), after training"
 
 
-def _prepare(
-    X: Tensor, y: Tensor, W0: Tensor, signs: Tensor, W: Tensor, step: float | Tensor, reference: str, level: str
-) -> tuple[Problem, Tensor, Tensor, Tensor, Certificate | None]:
-    """The checked problem around W, targets, initial weights and signs, and a refusal if the kernel is singular."""
-    if reference not in ("gate", "midpoint"):
-        raise ValueError(f"reference is {reference!r}; 'gate' or 'midpoint' is needed")
-    if level not in ("measured", "certified"):
-        raise ValueError(f"level is {level!r}; 'measured' or 'certified' is needed")
-    y, W0, signs = check_problem(X, y, W0, signs, precise=True, geometry=False)
-    W = W[None] if isinstance(W, Tensor) and W.ndim == 2 else W
-    if isinstance(W, Tensor) and W.shape != W0.shape:
-        raise ValueError(f"W has shape {tuple(W.shape)}, W0 has {tuple(W0.shape)}; they must be equal")
-    W, _ = first_layer.check_layer(X, W, signs)
-    eta, certified = check_steps(step, len(W), X), level == "certified"
-    found = data.degeneracies(X)
-    bad = [*found.parallel_pairs, *(found.antipodal_pairs if found.antipodal_dependent else [])]
-    bad = [(i, i) for i in found.zero_rows] + bad
-    line = Assumption("directions of the inputs distinct", not bad, "is", True, "measured", not bad)
-    refusal = None
-    if bad:
-        reason = f"kernel singular: inputs {bad[0][0]}, {bad[0][1]}"
-        refusal = Certificate("Counting theorem", False, (line,), {}, reason)
-    e = y - first_layer.forward(X, W, signs)
-    norm_e = torch.linalg.vector_norm(e, dim=1)
-    if certified:
-        norm_e = norm_e * (1 + SLACK) + gates.output_error(X, W, e)
-    problem = Problem(X, W, e, norm_e, eta, first_layer.empirical_gram(X, W), certified)
-    if refusal is None:
-        warn_of_large_steps(eta * largest_eigenvalue(problem.gram))
-    return problem, y, W0, signs, refusal
-
-
+@checked(double=True)
 def certify(
     X: Float[Tensor, "N d"],
-    y: Tensor,
-    W0: Tensor,
-    signs: Tensor,
+    y: Float[Tensor, "*targets"],
+    W0: Float[Tensor, "... d m"],
+    signs: Float[Tensor, "... m"],
     *,
     step: float | Float[Tensor, " S"],
-    reference: str = "midpoint",
-    level: str = "measured",
+    reference: Reference = "midpoint",
+    level: Level = "measured",
 ) -> Certificate:
     """Before training: does the counting theorem hold, and how far from ``w*`` can gradient descent end?
 
@@ -72,54 +52,55 @@ def certify(
         step: eta.
         reference: ``"gate"`` (around ``G_0``) or ``"midpoint"`` (around a mean of two, which closes earlier).
         level: ``"measured"``, or ``"certified"`` with every rounding error bounded; the theorem is then one about
-            gradient descent in exact arithmetic from these stored numbers.
+            gradient descent in exact arithmetic from these stored numbers. (Where rounding leaves the sign of a
+            pre-activation at ``w_0`` open, ``w*`` is that of the gates as computed.)
 
     Returns:
-        A `Certificate`; for an ensemble that of the first network that is not shown (else of the first), and all in
-        ``members``. ``quantities``: ``rate`` (``||e_k|| <= (1 - rate)^k ||e_0||``), ``Q_star``, ``lambda``,
-        ``epsilon``, ``perp`` (bounds ``sqrt(V_perp)`` at every k), ``parallel`` and ``distance`` (in the limit),
-        ``movement`` (bounds ``||w_k - w_0||``), ``b`` (bounds ``||b_k||``), ``fragile`` (fraction of gates),
-        ``e_0``, and ``trivial = ||w_0 - w*||``, the distance of not training at all.
+        A `Certificate`; for an ensemble that of the first network that is not shown (else of the one with the largest
+        ``distance``), and all in ``members``. ``quantities``: ``rate`` (``||e_k|| <= (1 - rate)^k ||e_0||``),
+        ``Q_star``, ``lambda``, ``epsilon``, ``perp`` (bounds ``sqrt(V_perp)`` at every k), ``parallel`` and
+        ``distance`` (in the limit), ``movement`` (bounds ``||w_k - w_0||``), ``b`` (bounds ``||b_k||``), ``fragile``
+        (fraction of gates), ``e_0``, and ``trivial = ||w_0 - w*||`` (certified: a lower bound), the distance of not
+        training at all. A certificate that is not shown keeps ``e_0`` and ``trivial`` only.
 
     Raises:
         TypeError, ValueError: as `solve`, except that a singular kernel gives ``holds=False``.
 
     Source: the counting theorem and its midpoint variant, derived in lesson 4.
     """
-    p, _, W0, _, refusal = _prepare(X, y, W0, signs, W0, step, reference, level)
-    if refusal is not None:
-        return refusal
-    loop, lam0 = gates.close_loop(p, reference), p.smallest(p.gram)
-    m, up, size = p.W.shape[2], 1 + (SLACK if p.certified else 0), gates.sizes(X, p.certified)
-    reached = torch.where(loop.closed, loop.Q_star, torch.nan)
-    beta = p.norm(size * loop.counts.both / m).sqrt() * up
-    sets = loop.counts.both.diagonal(dim1=1, dim2=2)
-    D = torch.linalg.vector_norm(gates.reach_of(X, p.certified) * reached[:, None] * sets / m, dim=1) * up
-    perp, parallel = beta * reached * up, D / lam0.sqrt() * up
-    alpha = torch.linalg.solve(p.gram, p.e[..., None])[..., 0] if bool((lam0 > 0).all()) else p.e * torch.inf
-    norm_alpha = p.norm_e / lam0 if p.certified else torch.linalg.vector_norm(alpha, dim=1)
+    y, W0, signs = check_problem(X, y, W0, signs)
+    refused = _same_directions(X, _BEFORE.format(reference))
+    if refused is not None:
+        return refused
+    p = _problem(X, y, W0, signs, check_steps(step, len(W0), X), level)
+    lam0, loop = p.smallest(p.gram), gates.close_loop(p, reference)
+    known, sets = gates.solve_kernel(p, lam0), loop.counts.sizes.double()
+    Q, limits = p.number(_reached(loop)), (p.reach, p.number(p.blur), sets, p.m)
+    beta = p.number(p.norm(abs(p.inner) * loop.counts.both.double() / p.m))
+    perp = sqrt(beta) * Q
+    parallel = gates.kink_error(Q, *limits) / sqrt(p.number(lam0))
     values = _rates(p, loop) | {
-        "perp": perp,
-        "parallel": parallel,
-        "distance": torch.hypot(perp, parallel) * up,
-        "b": (1 + norm_alpha / reached) * D * up,
-        "fragile": sets.double().mean(1) / m,
-        "trivial": (p.e * alpha).sum(-1).clamp_min(0).sqrt(),
+        "perp": upper(perp),
+        "parallel": upper(parallel),
+        "distance": upper(gates.limit_distance(perp, parallel)),
+        "b": upper(gates.kink_error(Q + known.norm, *limits)),
+        "fragile": sets.mean(1) / W0.shape[2],
     }
-    name = f"Counting theorem ({reference}), before training"
-    return _assemble(name, p, loop, lam0, reference, values)
+    facts = {"e_0": p.norm_e, "trivial": lower(known.length - known.spread).clamp_min(0)}
+    return _assemble(_BEFORE.format(reference), p, loop, {"λ = λ_min(G₀)": lam0}, values, facts)
 
 
+@checked(double=True)
 def certify_after(
     X: Float[Tensor, "N d"],
-    y: Tensor,
-    W0: Tensor,
-    signs: Tensor,
-    W: Tensor,
+    y: Float[Tensor, "*targets"],
+    W0: Float[Tensor, "... d m"],
+    signs: Float[Tensor, "... m"],
+    W: Float[Tensor, "... d m"],
     *,
     step: float | Float[Tensor, " S"],
-    reference: str = "midpoint",
-    level: str = "measured",
+    reference: Reference = "midpoint",
+    level: Level = "measured",
     solution: MinimumNorm | None = None,
 ) -> Certificate:
     """After K steps: gradient descent from W converges, and ``| ||w_inf - w*|| - ||W - w*|| | <= ||X|| Q_star``.
@@ -134,91 +115,149 @@ def certify_after(
         W: the weights reached, the shape of `W0`.
         step: eta.
         reference: as in `certify`.
-        level: as in `certify`; the distance of W to ``w*`` itself stays measured.
-        solution: what `solve` returned for `W0`, to save its repetition.
+        level: as in `certify`; ``||W - w*||`` is then enclosed too.
+        solution: what `solve` returned for these data and initial weights, to save its repetition when measured.
 
     Returns:
         A `Certificate` with ``rate``, ``Q_star``, ``lambda``, ``epsilon``, ``e_0`` (the residual at W), ``movement``
-        (from W on), ``here = ||W - w*||``, and ``distance_low``, ``distance_high`` around ``||w_inf - w*||``.
+        (from W on), ``here = ||W - w*||`` (certified: an upper bound), and ``distance_low``, ``distance_high`` around
+        ``||w_inf - w*||``. A certificate that is not shown keeps ``e_0`` and ``here`` only.
 
     Raises:
-        TypeError, ValueError: as `certify`.
+        TypeError, ValueError: as `certify`; a `solution` of another problem.
 
     Source: the counting theorem (a), (b), (f), derived in lesson 4.
     """
-    p, y, W0, signs, refusal = _prepare(X, y, W0, signs, W, step, reference, level)
-    if refusal is not None:
-        return refusal
-    solution = solve(X, y, W0, signs) if solution is None else solution
+    y, W0, signs = check_problem(X, y, W0, signs)
+    W = W[None] if W.ndim == 2 else W
+    if W.shape != W0.shape:
+        raise ValueError(f"W has shape {tuple(W.shape)}, W0 has {tuple(W0.shape)}; they must be equal")
+    check_scale("W", W, smallest=0.0)
+    check_belongs(solution, X, y, W0, signs)
+    refused = _same_directions(X, _AFTER.format(reference))
+    if refused is not None:
+        return refused
+    eta = check_steps(step, len(W), X)
+    p = _problem(X, y, W, signs, eta, level)
     loop = gates.close_loop(p, reference)
+    if level == "measured":
+        solution = solve(X, y, W0, signs) if solution is None else solution
+        near = far = rigor.norm((W - solution.W).flatten(1))
+        lam0 = p.smallest(solution.gram)
+    else:
+        start = Problem.of(X, y, W0, signs, eta, level)
+        lam0 = start.smallest(start.gram)
+        known = gates.solve_kernel(start, lam0)
+        here = gates.enclosed_distance(start, signs, W, known.alpha)
+        near, far = here - known.spread, here + known.spread
     values = _rates(p, loop)
-    here = torch.linalg.vector_norm(p.W - solution.W, dim=(1, 2))
-    values |= {
-        "here": here,
-        "distance_low": (here - values["movement"]).clamp_min(0),
-        "distance_high": here + values["movement"],
-    }
-    name = f"Counting theorem ({reference}), after training"
-    return _assemble(name, p, loop, p.smallest(p.gram), reference, values)
+    movement = p.number(values["movement"].nan_to_num(0.0))  # of a loop that is not closed, nothing is reported
+    values |= {"distance_low": lower(near - movement).clamp_min(0), "distance_high": upper(far + movement)}
+    facts = {"e_0": p.norm_e, "here": upper(far)}
+    eigenvalues = {"λ = λ_min(G) at W": p.smallest(p.gram), "λ_min(G₀), so that w* exists": lam0}
+    return _assemble(_AFTER.format(reference), p, loop, eigenvalues, values, facts)
 
 
-def _rates(p: Problem, loop: Loop) -> dict[str, Tensor]:
-    norm_X = rigor.spectral_norm_upper(p.X) if p.certified else float(torch.linalg.matrix_norm(p.X, 2))
-    reached = torch.where(loop.closed, loop.Q_star, torch.nan)
+def _problem(X: Tensor, y: Tensor, W: Tensor, signs: Tensor, eta: Tensor, level: Level) -> Problem:
+    if level == "certified" and X.device.type != "cpu":
+        raise ValueError(f"X is on {X.device}; level 'certified' needs the CPU, whose roundings are known")
+    p = Problem.of(X, y, W, signs, eta, level)
+    warn_of_large_steps(eta * largest_eigenvalue(upper(p.gram)), 5)
+    return p
+
+
+def _same_directions(X: Tensor, name: str) -> Certificate | None:
+    """The refusal, if two inputs span one line so that the kernel is singular."""
+    found = data.degeneracies(X)
+    bad = [(i, i) for i in found.zero_rows] + found.parallel_pairs
+    bad += found.antipodal_pairs if found.antipodal_dependent else []
+    if not bad:
+        return None
+    line = Assumption("directions of the inputs distinct", False, "is", True, "measured", False)
+    return silent(name, (line,), f"kernel singular: inputs {bad[0][0]}, {bad[0][1]}")
+
+
+def _reached(loop: ClosedLoop) -> Tensor:
+    """``Q_star`` where the loop closes, else 0: a number for formulas whose results are then left out."""
+    return torch.where(loop.closed, loop.Q_star, 0.0)
+
+
+def _rates(p: Problem, loop: ClosedLoop) -> dict[str, Tensor]:
+    """What holds around any weights: bounds (a), (b) and (f)."""
+    norm_X = rigor.spectral_norm_upper(p.X) if p.level == "certified" else float(rigor.spectral_norm(p.X))
     return {
         "lambda": loop.lam,
         "epsilon": loop.eps,
-        "rate": p.eta * (loop.lam - loop.eps) * (1 - SLACK if p.certified else 1),
-        "Q_star": reached,
-        "movement": norm_X * reached * (1 + (SLACK if p.certified else 0)),
-        "e_0": p.norm_e,
+        "rate": lower(p.eta * (p.number(loop.lam) - p.number(loop.eps))),
+        "Q_star": _reached(loop),
+        "movement": upper(p.number(norm_X) * p.number(_reached(loop))),
     }
 
 
 def _assemble(
-    name: str, p: Problem, loop: Loop, lam0: Tensor, reference: str, values: dict[str, Tensor]
+    name: str,
+    p: Problem,
+    loop: ClosedLoop,
+    eigenvalues: dict[str, Tensor],
+    values: dict[str, Tensor],
+    facts: dict[str, Tensor],
 ) -> Certificate:
-    """One certificate for each network, and the first that is not shown in front."""
-    status, (S, d, m) = "certified" if p.certified else "measured", p.W.shape
-    made = []
-    for s in range(S):
-        lam, eps = float(loop.lam[s]), float(loop.eps[s])
-        rows = [
-            Assumption("directions of the inputs distinct", True, "is", True, status if lam > 0 else "measured", True),
-            compare("m d, against N", m * d, ">=", len(p.X), "exact"),
-            compare("λ = λ_min(G₀)", float(lam0[s]), ">", 0.0, status),
-        ]
-        if reference == "midpoint":
-            rows.append(compare("λ = λ_min of the midpoint Gram matrix", lam, ">", 0.0, status))
-        product = float(p.eta[s] * loop.top[s]) * (1 + (SLACK if p.certified else 0))
-        rows += [
-            compare("η λ_max", product, "<=", 1.0, status),
-            compare("ε (fragile gates), against λ", eps, "<", lam, status),
-            compare("Q*, against Q", float(loop.Q_star[s]), "<=", float(loop.Q[s]), status),
-            assumed("full-batch gradient descent in exact arithmetic"),
-        ]
-        holds = all(a.holds for a in rows)
-        reason = ""
-        if not holds and product > 1:
-            reason = f"step too large: η λ_max = {product:.3g}"
-        elif not holds and not float(lam0[s]) > 0:
-            reason = f"kernel singular: λ = {float(lam0[s]):.3g}"
-        elif not holds and not float(loop.first[s]) < 1:
-            reason = f"too many fragile gates: ε/λ = {float(loop.first[s]):.3g}"
-        elif not holds:
-            reason = "no Q closes the loop"
-        kept = {key: float(v[s]) for key, v in values.items() if holds or math.isfinite(float(v[s]))}
-        made.append(Certificate(name, holds, tuple(rows), kept, reason))
-    if S == 1:
-        return made[0]
-    front = next((c for c in made if not c.holds), made[0])
-    return Certificate(front.theorem, front.holds, front.assumptions, front.quantities, front.reason, tuple(made))
+    """One certificate for each network, gathered; one that is not shown keeps the facts only."""
+    members, products = [], upper(p.eta * p.number(loop.top))
+    for s in range(len(p.W)):
+        found = {key: float(lam[s]) for key, lam in eigenvalues.items()}
+        rows = _rows(p, loop, s, found, float(products[s]))
+        reason = _reason(rows, loop, s, min(found.values()), float(products[s]))
+        kept = {key: float(v[s]) for key, v in (facts if reason else values | facts).items()}
+        kept = {key: value for key, value in kept.items() if not reason or math.isfinite(value)}
+        vacuous = "trivial" in kept and kept.get("distance", 0.0) >= kept["trivial"] > 0
+        title = f"{name} (vacuous: distance ≥ trivial)" if vacuous else name
+        members.append(Certificate(title, not reason, tuple(rows), kept, reason))
+    return gather(members, lambda c: -c.quantities.get("distance", c.quantities["movement"]))
 
 
+def _rows(p: Problem, loop: ClosedLoop, s: int, eigenvalues: dict[str, float], product: float) -> list[Assumption]:
+    status, lam = p.level, float(loop.lam[s])
+    distinct = status if min(eigenvalues.values()) > 0 else "measured"  # a positive eigenvalue proves it
+    rows = [
+        Assumption("directions of the inputs distinct", True, "is", True, distinct, True),
+        compare("m d, against N", p.W.shape[1] * p.W.shape[2], ">=", len(p.X), "exact"),
+        *(compare(name, value, ">", 0.0, status) for name, value in eigenvalues.items()),
+    ]
+    if loop.midpoint:
+        rows.append(compare("λ = λ_min of the midpoint Gram matrix", lam, ">", 0.0, status))
+    return [
+        *rows,
+        compare("η λ_max", product, "<=", 1.0, status),
+        compare("ε (fragile gates), against λ", float(loop.eps[s]), "<", lam, status),
+        compare("Q*, against Q", float(loop.Q_star[s]), "<=", float(loop.Q[s]), status),
+        assumed("full-batch gradient descent in exact arithmetic"),
+    ]
+
+
+def _reason(rows: list[Assumption], loop: ClosedLoop, s: int, lam0: float, product: float) -> str:
+    """Why the theorem is not shown, with the cheapest repair; empty if every row holds."""
+    if all(row.holds for row in rows):
+        return ""
+    if product > 1:
+        return f"step too large: η λ_max = {product:.3g}; safe_step(X) is small enough"
+    if not lam0 > 0:
+        return f"kernel singular: λ = {lam0:.3g}"
+    if not float(loop.first[s]) < 1:
+        return (
+            f"too many fragile gates: ε/λ = {float(loop.first[s]):.3g}; certify_after may show it after more training"
+        )
+    return "no Q closes the loop: certify_after may show it after more training"
+
+
+@checked(double=True)
 def function_bound(
-    solution: MinimumNorm, Z: Float[Tensor, "M d"], Q: Float[Tensor, " S"], residual: float | Tensor = 0.0
+    solution: MinimumNorm,
+    Z: Float[Tensor, "M d"],
+    certificate: Certificate,
+    residual: float | Float[Tensor, " S"] = 0.0,
 ) -> Float[Tensor, "S M"]:
-    """Bound ``|f(z, w_k) - f_L(z, w*)|`` at new inputs z.
+    """Bound ``|f(z, w_k) - f_L(z, w*)|`` at new inputs z, in ordinary floating point.
 
     The bound is ``tau_z |S_z| / sqrt(m) + Q ||h_z|| + ||alpha_z|| (||e_k|| + D + Q ||M||)`` with
     ``h_{z,j} = |z.x_j| #{r in S_j: A_r(z) = 1} / m``, ``M_ij = |x_i.x_j| #{r in S_j: A_ri = 1} / m`` and ``alpha_z =
@@ -227,12 +266,23 @@ def function_bound(
     Args:
         solution: from `solve`.
         Z: new inputs ``(M, d)``.
-        Q: ``Q_star`` of a certificate from `certify` that holds, for every network ``(S,)``.
-        residual: ``||e_k||``; 0 bounds the limit.
+        certificate: from `certify` for the same data and weights, and it holds.
+        residual: ``||e_k||``, one number or ``(S,)``; 0 bounds the limit.
 
     Returns:
-        ``(S, M)``. Source: the theorem on functions, derived in lesson 4.
+        ``(S, M)``.
+
+    Raises:
+        ValueError: a certificate that does not hold, of another theorem, or of another problem.
+
+    Source: the theorem on functions, derived in lesson 4.
     """
+    Q = _certified_path(certificate, solution)
+    check_scale("Z", Z, smallest=0.0)
+    k = torch.as_tensor(residual, dtype=Z.dtype, device=Z.device)
+    if Z.shape[1] != solution.X.shape[1] or k.shape not in ((), Q.shape) or bool((k < 0).any()):
+        found = f"Z has {Z.shape[1]} columns, residual is {k.tolist()}"
+        raise ValueError(f"{found}; {solution.X.shape[1]} columns and norms, one or {len(Q)}, are needed")
     X, W, m = solution.X, solution.W0, solution.W0.shape[2]
     N, both = len(X), torch.cat([solution.X, Z])
     inner = both @ X.T  # (N + M, N)
@@ -244,15 +294,30 @@ def function_bound(
         near += fragile.sum(-1)
         first_layer.add_counts(open_near, gate, fragile[:, :N].contiguous())
         first_layer.add_counts(open_open, gate, gate[:, :N].contiguous())
-    flips = inner.abs() * open_near / m
-    D = torch.linalg.vector_norm((tau * near)[:, :N] / math.sqrt(m), dim=1)
+    flips, kinks = inner.abs() * open_near / m, tau * near / math.sqrt(m)
+    D = torch.linalg.vector_norm(kinks[:, :N], dim=1)
     h, M = torch.linalg.vector_norm(flips[:, N:], dim=2), torch.linalg.matrix_norm(flips[:, :N], 2)
     alpha = torch.cholesky_solve((inner * open_open / m)[:, N:].mT.contiguous(), solution.factor)
     spread = torch.linalg.vector_norm(alpha, dim=1)
-    rest = (torch.as_tensor(residual).to(X) + D + Q * M)[:, None]
-    return (tau * near)[:, N:] / math.sqrt(m) + Q[:, None] * h + spread * rest
+    return kinks[:, N:] + Q[:, None] * h + spread * (k + D + Q * M)[:, None]
 
 
+def _certified_path(certificate: Certificate, solution: MinimumNorm) -> Tensor:
+    """``Q_star`` of every network ``(S,)``, from a certificate that is shown to be one of this solution."""
+    members = certificate.members or (certificate,)
+    if not all(
+        m.theorem.startswith(_BEFORE.partition("(")[0]) and {"trivial", "e_0"} <= set(m.quantities) for m in members
+    ):
+        raise ValueError(f"certificate is one of {certificate.theorem!r}; one from certify is needed")
+    if not certificate.holds:
+        raise ValueError(f"certificate is not shown ({certificate.reason}); one that holds is needed")
+    trivial = solution.norm2.new_tensor([m.quantities["trivial"] for m in members])
+    if len(members) != len(solution.W0) or not torch.allclose(trivial, solution.norm2.sqrt(), rtol=1e-5, atol=0.0):
+        raise ValueError("certificate and solution belong to different data or weights; the same ones are needed")
+    return solution.norm2.new_tensor([m.quantities["Q_star"] for m in members])
+
+
+@checked(double=True)
 def certify_width(
     X: Float[Tensor, "N d"],
     y: Float[Tensor, " N"],
@@ -280,41 +345,52 @@ def certify_width(
 
     Returns:
         A `Certificate` with ``width`` (the smallest m), ``distance``, ``rate``, ``trivial`` (``sqrt(y.H^-1 y)``) and
-        ``informative``, the m at which the bound falls below that.
+        ``informative``, the m at which the bound falls below that. Numbers are measured.
 
     Raises:
         ValueError: inputs of unequal norm, or a number out of range.
 
     Source: the explicit width, derived in lesson 4.
     """
-    data.check(X)
+    check_inputs(X)
+    check_scale("y", y)
     rho, n = equal_norm(X), len(X)
-    if not (0 < delta < 1 and kappa > 0 and m >= 1 and step > 0):
-        raise ValueError(f"delta, kappa, m, step are {delta}, {kappa}, {m}, {step}; 0 < delta < 1, the rest positive")
-    H, norm_X = kernels.relu_ntk(X), float(torch.linalg.matrix_norm(X, 2))
-    lam0 = float(torch.linalg.eigvalsh(H)[0])
-    E = float(torch.linalg.vector_norm(y))
-    if not antisymmetric:
-        E = math.sqrt((E**2 + n * (kappa * rho) ** 2 / 2) / delta)
-    need = (51.1 * n * rho**2 * norm_X * E / (kappa * lam0**2)) ** 2
-    constant = 31.7 * math.sqrt(n) * rho * math.sqrt(norm_X) * E**1.5 / (math.sqrt(kappa) * lam0**1.5)
-    trivial = math.sqrt(float(y @ torch.linalg.solve(H, y)))
+    if not (0 < delta < 1 and kappa > 0 and m >= 1 and step > 0 and not (antisymmetric and m % 2)):
+        needed = "0 < delta < 1, the rest positive, and an even m for mirrored pairs are needed"
+        raise ValueError(f"delta, kappa, m, step are {delta}, {kappa}, {m}, {step}; {needed}")
+    H, norm_X = kernels.relu_ntk(X), float(rigor.spectral_norm(X))
+    lam0, E = float(torch.linalg.eigvalsh(H)[0]), float(rigor.norm(y))
+    if not lam0 > 0:
+        row = compare("λ₀ = λ_min(H)", lam0, ">", 0.0)
+        return silent("Explicit width (formula)", (row,), f"kernel singular: λ₀ = {lam0:.3g}")
+    E = E if antisymmetric else math.sqrt((E**2 + n * (kappa * rho) ** 2 / 2) / delta)
+    need, constant = _explicit_width(n, rho, norm_X, E, kappa, lam0)
+    trivial = math.sqrt(max(0.0, float(y @ torch.linalg.solve(H, y))))
+    log, chance = math.log(n / delta), 1 - (2 if antisymmetric else 3) * delta
     rows = [
         compare("λ₀ = λ_min(H)", lam0, ">", 0.0),
         compare("η ‖X‖²", step * norm_X**2, "<=", 1 + 1e-12),
         compare("m", m, ">=", need),
         assumed(f"w_r ~ N(0, κ²I) independent, {'mirrored pairs' if antisymmetric else 'independent signs'}"),
-        assumed(f"one of the draws of probability at least {1 - (2 if antisymmetric else 3) * delta:.3g}"),
+        assumed(f"one of the draws of probability at least {chance:.3g}"),
     ]
-    if antisymmetric:
-        log = math.log(n / delta)
+    if antisymmetric:  # for independent signs the width implies both
+        gate = 1.59 * math.sqrt(m) * norm_X * E / (kappa * lam0)
         rows.insert(3, compare("m/2", m / 2, ">=", 8 * norm_X**2 / lam0 * log))
-        rows.insert(
-            4, compare("1.59 √m ‖X‖ E/(κ λ₀)", 1.59 * math.sqrt(m) * norm_X * E / (kappa * lam0), ">=", 3 * log)
-        )
-    holds = all(a.holds for a in rows)
-    values = {"width": need, "rate": step * lam0 / 4, "distance": constant * m**-0.25}
-    values |= {"trivial": trivial, "informative": max(need, (constant / trivial) ** 4)}
-    return Certificate(
-        "Explicit width (formula)", holds, tuple(rows), values, "" if holds else f"m is below {need:.3g}"
-    )
+        rows.insert(4, compare("1.59 √m ‖X‖ E/(κ λ₀)", gate, ">=", 3 * log))
+    distance = constant * m**-0.25
+    values = {"width": need, "rate": step * lam0 / 4, "distance": distance, "trivial": trivial}
+    values["informative"] = max(need, (constant / trivial) ** 4) if trivial else need
+    failed = next((row for row in rows if not row.holds), None)
+    if failed is None:
+        vacuous = " (vacuous: distance ≥ trivial)" if distance >= trivial > 0 else ""
+        return Certificate(f"Explicit width (formula){vacuous}", True, tuple(rows), values)
+    reason = f"m is below {need:.3g}" if failed.name == "m" else f"{failed.name} is {failed.measured:.3g}"
+    kept = {key: values[key] for key in ("width", "trivial", "informative")}
+    return Certificate("Explicit width (formula)", False, tuple(rows), kept, reason)
+
+
+def _explicit_width(n: int, rho: float, norm_X: float, E: float, kappa: float, lam0: float) -> tuple[float, float]:
+    """The smallest m, and the constant of the distance's bound ``constant m^(-1/4)``."""
+    need = (51.1 * n * rho**2 * norm_X * E / (kappa * lam0**2)) ** 2
+    return need, 31.7 * math.sqrt(n) * rho * math.sqrt(norm_X) * E**1.5 / (math.sqrt(kappa) * lam0**1.5)

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from companion import data
+from companion.arguments import checked
 
 _PANEL_BYTES = 8 * 2**20  # one panel on a CPU: it stays in the cache between its product and what is done with it
 _PANEL_BYTES_GPU = 32 * 2**20
@@ -34,13 +34,9 @@ def check_layer(X: Tensor, W: Tensor, signs: Tensor) -> tuple[Float[Tensor, "S d
         ``W`` as ``(S, d, m)`` and ``signs`` as ``(S, m)``, views where possible.
 
     Raises:
-        TypeError: not tensors, or a dtype other than float32 and float64.
-        ValueError: shapes, dtypes or devices that do not fit, NaN or infinity, or a sign other than +1 and -1.
+        ValueError: shapes, dtypes or devices that do not fit, or a sign other than +1 and -1.
     """
-    for name, A in (("X", X), ("W", W), ("signs", signs)):
-        if not isinstance(A, Tensor) or A.dtype not in (torch.float32, torch.float64):
-            found = A.dtype if isinstance(A, Tensor) else type(A).__name__
-            raise TypeError(f"{name} is {found}; a float32 or float64 tensor is needed")
+    for name, A in (("W", W), ("signs", signs)):
         if A.dtype != X.dtype or A.device != X.device:
             raise ValueError(f"{name} is {A.dtype} on {A.device}, X is {X.dtype} on {X.device}; make them equal")
     if W.ndim not in (2, 3) or W.shape[-2] != X.shape[-1] or W.numel() == 0:
@@ -48,16 +44,16 @@ def check_layer(X: Tensor, W: Tensor, signs: Tensor) -> tuple[Float[Tensor, "S d
     W = W[None] if W.ndim == 2 else W
     if signs.ndim not in (1, 2) or signs.shape[-1] != W.shape[2] or signs.shape[:-1] not in ((), W.shape[:1]):
         raise ValueError(f"signs has shape {tuple(signs.shape)}; ({W.shape[2]},) or {(*W.shape[::2],)} is needed")
-    if not finite(W):
-        raise ValueError("W holds NaN or infinity; finite numbers are needed")
     if not bool((signs.abs() == 1).all()):
         raise ValueError(f"signs holds {float(signs[signs.abs() != 1][0])}; every sign must be +1 or -1")
     return W, signs.expand(W.shape[0], -1)
 
 
-def finite(W: Float[Tensor, ...]) -> bool:
-    """Whether all entries are finite: a finite sum proves it in one quick pass; an infinite one may have overflowed."""
-    return bool(torch.isfinite(W.detach().sum())) or all(bool(torch.isfinite(v)) for v in W.detach().aminmax())
+def chunk_size(chunk: int | None, S: int, N: int, m: int, like: Tensor) -> int:
+    """What the caller asks for, at least 1, or the default."""
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk is {chunk}; at least one neuron is needed")
+    return default_chunk(S, N, m, like) if chunk is None else chunk
 
 
 def default_chunk(S: int, N: int, m: int, like: Tensor) -> int:
@@ -83,7 +79,7 @@ def panels(
         The slice of neurons, and their pre-activations ``(S, N, c)``, valid until the next panel.
     """
     (S, _, m), N = W.shape, len(X)
-    chunk = default_chunk(S, N, m, X) if chunk is None else chunk
+    chunk = chunk_size(chunk, S, N, m, X)
     buffer = X.new_empty(S * N * min(chunk, m))
     for a in range(0, m, chunk):
         part = slice(a, min(a + chunk, m))
@@ -108,10 +104,31 @@ def weigh(Z: Tensor, a: Tensor, out: Tensor) -> None:
         total.addmv_(z, sign)
 
 
+@checked
 def forward(
+    X: Float[Tensor, "N d"], W: Float[Tensor, "... d m"], signs: Float[Tensor, "... m"], chunk: int | None = None
+) -> Float[Tensor, "S N"]:
+    """Compute ``f(x_i) = sum_r a_r relu(w_r.x_i) / sqrt(m)`` for every network.
+
+    Args:
+        X: inputs ``(N, d)``.
+        W: weights ``(d, m)`` or ``(S, d, m)``.
+        signs: ``(m,)`` or ``(S, m)``, every entry +1 or -1.
+        chunk: neurons at a time; None for panels of a few megabytes.
+
+    Returns:
+        ``(S, N)``.
+
+    Raises:
+        TypeError, ValueError: as `check_layer`.
+    """
+    return outputs(X, *check_layer(X, W, signs), chunk)
+
+
+def outputs(
     X: Float[Tensor, "N d"], W: Float[Tensor, "S d m"], signs: Float[Tensor, "S m"], chunk: int | None = None
 ) -> Float[Tensor, "S N"]:
-    """Compute ``f(x_i) = sum_r a_r relu(w_r.x_i) / sqrt(m)`` for every network."""
+    """`forward` for arguments that are checked already."""
     f = X.new_zeros(len(W), len(X))
     for part, Z in panels(X, W, chunk):
         weigh(Z.relu_(), signs[:, part], f)
@@ -127,7 +144,7 @@ def tangent(
 ) -> Float[Tensor, "S N"]:
     """Compute ``(J v)_i = sum_r a_r A_ri (v_r.x_i) / sqrt(m)``, the derivative of the outputs at W along V."""
     out = X.new_zeros(len(W), len(X))
-    chunk = default_chunk(2 * len(W), len(X), W.shape[2], X) if chunk is None else chunk
+    chunk = chunk_size(chunk, 2 * len(W), len(X), W.shape[2], X)
     for (part, Z), (_, U) in zip(panels(X, W, chunk), panels(X, V, chunk), strict=True):
         U.masked_fill_(Z <= 0, 0)
         weigh(U, signs[:, part], out)
@@ -170,7 +187,7 @@ def _int8_products() -> bool:
     """Whether torch has int8 products on this CPU and they are right; the function is not public."""
     if not hasattr(torch, "_int_mm"):
         return False
-    A = (torch.arange(7 * 1001).reshape(7, 1001) ** 2 % 3 - 1).to(torch.int8)
+    A = (torch.arange(7 * 1001, dtype=torch.int64, device="cpu").reshape(7, 1001) ** 2 % 3 - 1).to(torch.int8)
     return torch.equal(torch._int_mm(A, A.T), A.int() @ A.int().T)  # noqa: SLF001
 
 
@@ -186,7 +203,7 @@ def gate_counts(X: Float[Tensor, "N d"], W: Float[Tensor, "S d m"], chunk: int |
         Exact integers, given the signs of the pre-activations.
     """
     (S, _, m), N = W.shape, len(X)
-    chunk = min(m, max(64, default_chunk(4 * S, N, m, X))) if chunk is None else chunk
+    chunk = min(m, max(64, chunk_size(chunk, 4 * S, N, m, X)))
     counts = torch.zeros(S, N, N, dtype=torch.int32, device=X.device)  # m < 2^31; int64 sums take longer
     gates = torch.empty(S * N * min(chunk, m), dtype=torch.int8, device=X.device)
     for _, Z in panels(X, W, chunk):
@@ -196,6 +213,7 @@ def gate_counts(X: Float[Tensor, "N d"], W: Float[Tensor, "S d m"], chunk: int |
     return counts.long()
 
 
+@checked
 def empirical_gram(
     X: Float[Tensor, "N d"], W: Float[Tensor, "*S d m"], *, chunk: int | None = None
 ) -> Float[Tensor, "*S N N"]:
@@ -213,14 +231,11 @@ def empirical_gram(
         ``(N, N)`` or ``(S, N, N)``; only the N^2 products with ``x_i.x_j`` are rounded.
 
     Raises:
-        ValueError: NaN, infinity or another dtype than floating point, or shapes that do not fit.
+        TypeError, ValueError: NaN, infinity or another dtype than floating point, or shapes that do not fit.
     """
-    data.check(X, geometry=False)
     if W.ndim not in (2, 3) or W.shape[-2] != X.shape[1] or W.dtype != X.dtype or W.device != X.device:
         found = f"{tuple(W.shape)} {W.dtype} on {W.device}"
         raise ValueError(f"W is {found}; (d, m) or (S, d, m) with d = {X.shape[1]}, {X.dtype}, {X.device} is needed")
-    if not finite(W):
-        raise ValueError("W holds NaN or infinity; finite numbers are needed")
     counts = gate_counts(X, W if W.ndim == 3 else W[None], chunk)
     G = (X @ X.T) * counts.to(X.dtype) / W.shape[-1]
     return G if W.ndim == 3 else G[0]
@@ -241,6 +256,7 @@ class WideStep:
         gate_bytes: the most that the gates may take.
     """
 
+    @checked
     def __init__(
         self,
         X: Float[Tensor, "N d"],
@@ -252,7 +268,7 @@ class WideStep:
     ) -> None:
         (S, m), (N, d) = signs.shape, X.shape
         self.X, self.y, self.signs, self.eta = X, y, signs.contiguous(), eta
-        self.chunk = chunk = min(m, default_chunk(S, N, m, X) if chunk is None else chunk)
+        self.chunk = chunk = min(m, chunk_size(chunk, S, N, m, X))
         parts = [slice(a, min(a + chunk, m)) for a in range(0, m, chunk)]
         self.keep = S * N * m <= gate_bytes
         store = torch.empty(S * N * (m if self.keep else 0), dtype=torch.int8, device=X.device)

@@ -13,6 +13,28 @@ from jaxtyping import Float
 from torch import Tensor
 
 from companion import data, kernels
+from companion.arguments import checked
+
+
+def check_scale(name: str, A: Tensor, smallest: float = 1e-100) -> None:
+    """Refuse numbers whose squares and products would overflow or vanish: a ValueError naming `A`.
+
+    Args:
+        name: what the caller calls it.
+        A: numbers; all of them may be 0.
+        smallest: the least size that the largest of them may have.
+    """
+    top = float(A.abs().max())
+    if top and not smallest <= top <= 1e100:
+        raise ValueError(f"{name} has entries up to {top:.1e}; {smallest:.0e} to 1e+100 is needed: rescale it")
+
+
+def check_inputs(X: Tensor, *, geometry: bool = True) -> None:
+    """Refuse inputs ``(N, d)`` on which a kernel is singular (with `geometry`), or rows whose squares are no floats."""
+    data.check(X, geometry=geometry)
+    norms = data.row_norms(X)
+    for size in (norms[norms > 0].amin(), norms.amax()) if bool(X.any()) else ():
+        check_scale("X", size)
 
 
 class KernelFit(NamedTuple):
@@ -22,6 +44,7 @@ class KernelFit(NamedTuple):
     variance: Tensor
 
 
+@checked(double=True)
 def kernel_regression(X: Float[Tensor, "N d"], y: Float[Tensor, " N"], Z: Float[Tensor, "M d"]) -> KernelFit:
     """Compute ``f_KR(z) = K(z, X) H^-1 y``, and what a random ``f_0`` adds to ``f_L(z, w*)`` as m grows.
 
@@ -34,9 +57,13 @@ def kernel_regression(X: Float[Tensor, "N d"], y: Float[Tensor, " N"], Z: Float[
         Z: new inputs ``(M, d)``.
 
     Returns:
-        `KernelFit`, the variance at ``kappa = 1``. Source: derived in lesson 4.
+        `KernelFit`, the variance at ``kappa = 1``.
+
+    Source: derived in lesson 4.
     """
-    data.check(X)
+    check_inputs(X)
+    for name, A in (("y", y), ("Z", Z)):
+        check_scale(name, A)
     b = torch.linalg.solve(kernels.relu_ntk(X), kernels.relu_ntk(X, Z))  # (N, M)
     cross = kernels.relu_kernel(X, Z)
     own = 0.5 * Z.square().sum(1)  # Sigma(z, z) = |z|^2 / 2
@@ -60,6 +87,7 @@ class Constant(NamedTuple):
     error: float
 
 
+@checked(double=True)
 def perp_constant(
     X: Float[Tensor, "N d"],
     y: Float[Tensor, " N"],
@@ -87,10 +115,15 @@ def perp_constant(
         generator: CPU generator; None for seed 0.
 
     Returns:
-        ``C^2`` and its standard error. Source: the sharp constant, derived in lesson 4.
+        ``C^2`` and its standard error.
+
+    Source: the sharp constant, derived in lesson 4.
     """
-    data.check(X)
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    check_inputs(X)
+    check_scale("y", y)
+    if not (kappa > 0 and step > 0 and draws >= 2):
+        raise ValueError(f"kappa, step, draws are {kappa}, {step}, {draws}; positive numbers and 2 draws are needed")
+    generator = torch.Generator("cpu").manual_seed(0) if generator is None else generator
     values, U = torch.linalg.eigh(kernels.relu_ntk(X))
     slowest = float((1 - step * values).abs().max())
     if not slowest < 1:
@@ -103,11 +136,12 @@ def perp_constant(
     E = step * (((1 - step * values) ** k[:, None]) * (U.T @ y)) @ U.T  # (steps, N), eta e_k
     gram, parts = X @ X.T, []
     for j in range(len(X)):
-        w = torch.randn(draws, X.shape[1], generator=generator, dtype=torch.float64).to(X)
+        w = torch.randn(draws, X.shape[1], generator=generator, dtype=torch.float64, device="cpu").to(X)
         w -= (w @ X[j] / gram[j, j])[:, None] * X[j]
-        a = torch.randint(0, 2, (draws,), generator=generator).to(X) * 2 - 1
+        a = torch.randint(0, 2, (draws,), generator=generator, dtype=torch.int64, device="cpu").to(X) * 2 - 1
         # stratified: one v in each of `draws` equal cells of [-R, R]
-        cell = (torch.arange(draws) + torch.rand(draws, generator=generator, dtype=torch.float64)).to(X) / draws
+        cell = torch.rand(draws, generator=generator, dtype=torch.float64, device="cpu").to(X)
+        cell = (torch.arange(draws, dtype=X.dtype, device=X.device) + cell) / draws
         R = float((E.abs() @ gram[j].abs()).sum())
         others = (w @ X.T > 0).to(X)
         others[:, j] = 0
@@ -128,6 +162,7 @@ def _drift(v: Tensor, a: Tensor, push: Tensor, own: float, E: Tensor, j: int) ->
     return phi
 
 
+@checked(double=True)
 def perp_constant_n1(rho: float, e0: float, *, step: float | None = None, kappa: float = 1.0) -> float:
     """``C^2 = 2 eta |e_0|^3 s^2 / (kappa sqrt(2 pi) rho (1 - s^3))``, ``s = 1 - eta rho^2 / 2``, for one sample.
 
@@ -136,7 +171,17 @@ def perp_constant_n1(rho: float, e0: float, *, step: float | None = None, kappa:
         e0: initial residual.
         step: eta with s in (0, 1); None for gradient flow, ``4 |e_0|^3 / (3 sqrt(2 pi) kappa rho^3)``.
         kappa: standard deviation of the initial weights.
+
+    Returns:
+        ``C^2``.
+
+    Raises:
+        ValueError: a norm, kappa or step out of range.
+
+    Source: the sharp constant, derived in lesson 4.
     """
+    if not (rho > 0 and kappa > 0):
+        raise ValueError(f"rho, kappa are {rho}, {kappa}; positive numbers are needed")
     if step is None:
         return 4 * abs(e0) ** 3 / (3 * math.sqrt(2 * math.pi) * kappa * rho**3)
     s = 1 - step * rho**2 / 2
@@ -145,6 +190,7 @@ def perp_constant_n1(rho: float, e0: float, *, step: float | None = None, kappa:
     return 2 * step * abs(e0) ** 3 * s**2 / (kappa * math.sqrt(2 * math.pi) * rho * (1 - s**3))
 
 
+@checked(double=True)
 def spectrum_bounds(X: Float[Tensor, "N d"]) -> tuple[float, float]:
     """Bound ``lambda_min(H)`` from the angles alone, for rows of equal norm rho.
 
@@ -155,9 +201,13 @@ def spectrum_bounds(X: Float[Tensor, "N d"]) -> tuple[float, float]:
         X: inputs ``(N, d)`` of equal norm, N >= 2.
 
     Returns:
-        The lower and the upper bound. Source: bounds on the spectrum, derived in lesson 4.
+        The lower and the upper bound.
+
+    Source: bounds on the spectrum, derived in lesson 4.
     """
-    data.check(X)
+    check_inputs(X)
+    if len(X) < 2:
+        raise ValueError(f"X has {len(X)} row; at least 2 are needed, as the bounds come from angles between rows")
     rho = equal_norm(X)
     t = kernels.angles(X)
     cosine = torch.cos(t).abs().fill_diagonal_(0)
@@ -182,6 +232,7 @@ class Generalization(NamedTuple):
     bound: float
 
 
+@checked(double=True)
 def generalization_bound(X: Float[Tensor, "N d"], y: Float[Tensor, " N"], *, delta: float = 0.05) -> Generalization:
     """Bound ``E min(1, |f_KR(x) - y|) <= sqrt(2) B / sqrt(n) + 3 sqrt(log(2 B (B + 1) / delta) / 2n)``.
 
@@ -201,7 +252,8 @@ def generalization_bound(X: Float[Tensor, "N d"], y: Float[Tensor, " N"], *, del
 
     Source: the generalization bound, derived in lesson 4.
     """
-    data.check(X, y[:, None])
+    check_inputs(X)
+    check_scale("y", y)
     if not 0 < delta < 1:
         raise ValueError(f"delta is {delta}; a probability strictly between 0 and 1 is needed")
     if abs(equal_norm(X) - 1) > 1e-9:

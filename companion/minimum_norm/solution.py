@@ -5,7 +5,6 @@ Weights are ``(d, m)`` or ``(S, d, m)``, signs ``(m,)`` or ``(S, m)``, targets `
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,11 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from companion import data, descent
+from companion import data, descent, rigor
+from companion.arguments import checked
 from companion.minimum_norm import first_layer
 from companion.minimum_norm.gates import largest_eigenvalue
+from companion.minimum_norm.kernel_limit import check_inputs, check_scale
 
 
+@checked
 def initialize(
     d: int,
     m: int,
@@ -43,17 +45,19 @@ def initialize(
     """
     if min(d, m, S) < 1 or (antisymmetric and m % 2):
         raise ValueError(f"d, m, S are {d}, {m}, {S}; positive numbers are needed, and an even m for mirrored pairs")
-    if not (math.isfinite(kappa) and kappa > 0):
-        raise ValueError(f"kappa is {kappa}; a positive finite number is needed")
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    if not 0 < kappa <= 1e100:
+        raise ValueError(f"kappa is {kappa}; a positive number up to 1e+100 is needed")
+    generator = torch.Generator("cpu").manual_seed(0) if generator is None else generator
     drawn = m // 2 if antisymmetric else m
-    W = torch.randn(S, d, drawn, generator=generator, dtype=torch.float64).mul_(kappa)
+    W = torch.randn(S, d, drawn, generator=generator, dtype=torch.float64, device="cpu").mul_(kappa)
     if antisymmetric:
-        one = torch.ones(S, drawn, dtype=torch.float64)
+        one = W.new_ones(S, drawn)
         return torch.cat([W, W], dim=2), torch.cat([one, -one], dim=1)
-    return W, torch.randint(0, 2, (S, m), generator=generator).double().mul_(2).sub_(1)
+    coins = torch.randint(0, 2, (S, m), generator=generator, dtype=torch.int64, device="cpu")
+    return W, coins.double().mul_(2).sub_(1)
 
 
+@checked
 def figure_1_data(seed: int = 11, *, bias: bool = False) -> tuple[Float[Tensor, "100 d"], Float[Tensor, " 100"]]:
     """Draw the data of the paper's Figure 1: ``x`` uniform in ``[-1, 1]^5``, scaled to norm 1; ``y = (x . beta)^2``.
 
@@ -66,35 +70,45 @@ def figure_1_data(seed: int = 11, *, bias: bool = False) -> tuple[Float[Tensor, 
     Returns:
         ``X`` ``(100, 5)``, or ``(100, 6)`` with the bias, and ``y`` ``(100,)``, standardized (divisor 99); float64.
     """
-    g = torch.Generator().manual_seed(seed)
-    X = data.unit_rows(2 * torch.rand(100, 5, generator=g, dtype=torch.float64) - 1)
-    y = (X @ torch.randn(5, generator=g, dtype=torch.float64)) ** 2
+    g = torch.Generator("cpu").manual_seed(seed)
+    X = data.unit_rows(2 * torch.rand(100, 5, generator=g, dtype=torch.float64, device="cpu") - 1)
+    y = (X @ torch.randn(5, generator=g, dtype=torch.float64, device="cpu")) ** 2
     y = (y - y.mean()) / y.std()
     return (torch.cat([X, X.new_ones(100, 1)], 1) if bias else X), y
 
 
+@checked
 def safe_step(X: Float[Tensor, "N d"]) -> float:
-    """``1 / ||X||_2^2``: every ``G(w)`` has norm at most ``||X||_2^2``, so that ``eta lambda_max <= 1``."""
-    return 1 / float(torch.linalg.matrix_norm(X.double(), 2)) ** 2
+    """``1 / ||X||_2^2``: every ``G(w)`` has norm at most ``||X||_2^2``, so that ``eta lambda_max <= 1``.
+
+    Raises:
+        ValueError: inputs that are all zero, or so large or small that the square is no float.
+    """
+    check_inputs(X, geometry=False)
+    if not bool(X.any()):
+        raise ValueError("X is zero; no step is needed to fit nothing")
+    return 1 / float(rigor.spectral_norm(X.double())) ** 2
 
 
 def check_problem(
-    X: Tensor, y: Tensor, W0: Tensor, signs: Tensor, *, precise: bool, geometry: bool
+    X: Tensor, y: Tensor, W0: Tensor, signs: Tensor, *, precise: bool = True, geometry: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The targets as (S, N), weights as (S, d, m), signs as (S, m), or one clear sentence about what is wrong."""
-    data.check(X, geometry=geometry)
-    if isinstance(y, Tensor) and y.ndim == 2 and y.shape[1] == 1 and len(y) == len(X):
-        y = y[:, 0]
-    if not isinstance(y, Tensor) or y.dtype != X.dtype or y.device != X.device:
-        found = f"{y.dtype} on {y.device}" if isinstance(y, Tensor) else type(y).__name__
-        raise TypeError(f"y is {found}; a tensor of {X.dtype} on {X.device}, like X, is needed")
-    if not bool(torch.isfinite(y).all()):
-        raise ValueError("y holds NaN or infinity; finite numbers are needed")
+    """The targets as (S, N), weights as (S, d, m), signs as (S, m), or one clear sentence about what is wrong.
+
+    The arguments are finite tensors already; `precise` asks for float64 and ``m d >= N``, `geometry` also for inputs
+    whose kernel is not singular.
+    """
+    check_inputs(X, geometry=geometry)
+    y = y[:, 0] if y.shape == (len(X), 1) else y
+    if y.dtype != X.dtype or y.device != X.device:
+        raise TypeError(f"y is {y.dtype} on {y.device}; a tensor of {X.dtype} on {X.device}, like X, is needed")
     W0, signs = first_layer.check_layer(X, W0, signs)
+    check_scale("y", y)
+    check_scale("W0", W0, smallest=0.0)
     if y.shape not in ((len(X),), (len(W0), len(X))):
         raise ValueError(f"y has shape {tuple(y.shape)}; ({len(X)},) or {(len(W0), len(X))} is needed")
     if precise and X.dtype != torch.float64:
-        raise TypeError(f"X has dtype {X.dtype}; the decomposition and the certificates need float64")
+        raise TypeError(f"X has dtype {X.dtype}; the decomposition needs float64")
     (_, d, m), N = W0.shape, len(X)
     if precise and m * d < N:
         raise ValueError(f"W0 has m d = {m} x {d} weights for N = {N} samples; G_0 is singular unless m d >= N")
@@ -103,18 +117,25 @@ def check_problem(
         i, j = pairs[0]
         warnings.warn(
             f"X has antipodal rows {i}, {j}: the paper excludes them; without a bias no neuron is open at both",
-            stacklevel=3,
+            stacklevel=4,
         )
     return y.expand(len(W0), -1), W0, signs
 
 
 def check_steps(step: float | Tensor, S: int, like: Tensor) -> Tensor:
-    if not isinstance(step, float | int | Tensor):
-        raise TypeError(f"step is {type(step).__name__}; a number, or a tensor with one for each network, is needed")
-    eta = torch.as_tensor(step, dtype=torch.float64)
+    """The step of every network ``(S,)``."""
+    eta = torch.as_tensor(step, dtype=torch.float64, device=like.device)
     if eta.shape not in ((), (S,)) or not bool((torch.isfinite(eta) & (eta > 0)).all()):
         raise ValueError(f"step is {eta.tolist()}; a positive finite number, or {S} of them, is needed")
     return eta.to(like).expand(S)
+
+
+def check_belongs(solution: MinimumNorm | None, X: Tensor, y: Tensor, W0: Tensor, signs: Tensor) -> None:
+    """Refuse the solution of another problem: ``w*`` and its projection belong to one ``w_0``."""
+    if solution is not None:
+        for name, A in (("X", X), ("y", y), ("W0", W0), ("signs", signs)):
+            if not torch.equal(getattr(solution, name), A):
+                raise ValueError(f"solution has another {name}; what solve returned for this {name} is needed")
 
 
 # --- the minimum-norm solution ----------------------------------------------------------------------------------------
@@ -170,7 +191,13 @@ class MinimumNorm:
         return first_layer.tangent(Z, self.W0, self.signs, self.W)
 
 
-def solve(X: Float[Tensor, "N d"], y: Tensor, W0: Tensor, signs: Tensor) -> MinimumNorm:
+@checked(double=True)
+def solve(
+    X: Float[Tensor, "N d"],
+    y: Float[Tensor, "*targets"],
+    W0: Float[Tensor, "... d m"],
+    signs: Float[Tensor, "... m"],
+) -> MinimumNorm:
     """Minimize ``||w - w_0||`` subject to ``J_0 w = y``: one streamed Gram matrix, one Cholesky, one ``J_0^T``.
 
     Args:
@@ -187,14 +214,14 @@ def solve(X: Float[Tensor, "N d"], y: Tensor, W0: Tensor, signs: Tensor) -> Mini
         ValueError: duplicate directions (the pair is named), ``m d < N``, NaN, wrong shapes, or a ``G_0`` that is
             singular in floating point.
     """
-    y, W0, signs = check_problem(X, y, W0, signs, precise=True, geometry=True)
+    y, W0, signs = check_problem(X, y, W0, signs, geometry=True)
     gram = first_layer.empirical_gram(X, W0)
     factor, info = torch.linalg.cholesky_ex(gram)
     if bool(info.any()):
         s = int(info.nonzero()[0, 0])
         small = float(torch.linalg.eigvalsh(gram[s])[0])
         raise ValueError(f"G_0 of network {s} has smallest eigenvalue {small:.1e}; a wider layer is needed")
-    e0 = y - first_layer.forward(X, W0, signs)
+    e0 = y - first_layer.outputs(X, W0, signs)
     alpha = torch.cholesky_solve(e0[..., None], factor)[..., 0]
     W = W0 + first_layer.pull_back(X, W0, signs, alpha)
     return MinimumNorm(X, y, W0, signs, gram, factor, alpha, W, (e0 * alpha).sum(-1))
@@ -219,7 +246,8 @@ class Lyapunov(NamedTuple):
     gap: Tensor
 
 
-def lyapunov_terms(solution: MinimumNorm, W: Float[Tensor, "*S d m"], step: float | Tensor) -> Lyapunov:
+@checked(double=True)
+def lyapunov_terms(solution: MinimumNorm, W: Float[Tensor, "... d m"], step: float | Float[Tensor, " S"]) -> Lyapunov:
     """Evaluate ``(V_{k+1} - V_k) / 2 = eta (-||e||^2 + e.b) + eta^2 / 2 ||J^T e||^2``, which holds at every step.
 
     Here ``V = ||w - w*||^2`` and ``b = (J_0 - J_k) w* = y - J_k w*``; ``||J_k - J_0||^2`` is the largest eigenvalue of
@@ -231,12 +259,19 @@ def lyapunov_terms(solution: MinimumNorm, W: Float[Tensor, "*S d m"], step: floa
         step: eta, one for all networks or ``(S,)``.
 
     Returns:
-        `Lyapunov`. Source: the Lyapunov identity, derived in lesson 4.
+        `Lyapunov`.
+
+    Raises:
+        ValueError: weights of another shape than the solution's, or a step that is not positive.
+
+    Source: the Lyapunov identity, derived in lesson 4.
     """
     s = solution
     W = W[None] if W.ndim == 2 else W
+    if W.shape != s.W.shape:
+        raise ValueError(f"W has shape {tuple(W.shape)}, the solution's is {tuple(s.W.shape)}; they must be equal")
     eta = check_steps(step, len(s.W0), s.X)
-    e = s.y - first_layer.forward(s.X, W, s.signs)
+    e = s.y - first_layer.outputs(s.X, W, s.signs)
     b = s.y - first_layer.tangent(s.X, W, s.signs, s.W)
     gap = s.y - e - first_layer.tangent(s.X, s.W0, s.signs, W)
     pushed = (e * (first_layer.empirical_gram(s.X, W) @ e[..., None])[..., 0]).sum(-1)
@@ -257,11 +292,12 @@ def lyapunov_terms(solution: MinimumNorm, W: Float[Tensor, "*S d m"], step: floa
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
+@checked
 def train(
     X: Float[Tensor, "N d"],
-    y: Tensor,
-    W0: Tensor,
-    signs: Tensor,
+    y: Float[Tensor, "*targets"],
+    W0: Float[Tensor, "... d m"],
+    signs: Float[Tensor, "... m"],
     step: float | Float[Tensor, " S"],
     steps: int,
     *,
@@ -298,10 +334,11 @@ def train(
     """
     y, W0, signs = check_problem(X, y, W0, signs, precise=decompose, geometry=decompose)
     eta = check_steps(step, len(W0), X)
+    check_belongs(solution, X, y, W0, signs)
     if decompose and solution is None:
         solution = solve(X, y, W0, signs)
     gram = first_layer.empirical_gram(X, W0) if solution is None else solution.gram
-    warn_of_large_steps(eta * largest_eigenvalue(gram))
+    warn_of_large_steps(eta * largest_eigenvalue(gram), 4)
     observe = dict(options.pop("observe", None) or {})
     if decompose:
         last: dict[int, tuple[Tensor, Tensor]] = {}
@@ -318,10 +355,11 @@ def train(
     return descent.iterate([W0], step_, steps, observe=observe, config=config, size=step, **options)
 
 
-def warn_of_large_steps(product: Tensor) -> None:
+def warn_of_large_steps(product: Tensor, stacklevel: int) -> None:
+    """Say that ``eta lambda_max(G_0)``, `product`, is 2 or more."""
     if bool((product >= 2).any()):
         warnings.warn(
             f"step times λ_max(G_0) is {float(product.max()):.2f}, at least 2: the linear dynamics is unstable, and "
             "even zero loss would not mean minimum norm",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )

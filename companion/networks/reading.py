@@ -1,8 +1,8 @@
 """Reading a network of the user: its operations in order, and the layers it ends in.
 
-The network is copied to float64, which is exact, evaluation mode and the CPU, and read with ``torch.fx``: containers,
-`Residual` and modules of the user's own are walked through, down to the layers of torch and of this package. The model
-itself is never touched. What cannot be read raises `NoEnclosure`, which names it.
+The network is copied to float64, which is exact, to evaluation mode and to the CPU, and read with ``torch.fx``:
+containers, `Residual` and modules of the user's own are walked through, down to the layers of torch and of this
+package. The model itself is never touched. What cannot be read raises `NoEnclosure`, which names it.
 """
 
 from __future__ import annotations
@@ -31,6 +31,15 @@ ANALYTIC: tuple[Any, ...] = (
 
 class NoEnclosure(ValueError):
     """A part of the network has no enclosure; the message names it."""
+
+
+def exact_double(A: Tensor) -> Tensor:
+    """Cast floating point to float64, exactly, also where the processor takes float32 below ``2^-126`` for zero."""
+    if A.dtype != torch.float32:
+        return A.double() if A.is_floating_point() else A
+    bits = A.contiguous().view(torch.int32)
+    size = (bits & 0x7FFFFF).double() * 2.0**-149  # of a number with the exponent's field 0
+    return torch.where(bits & 0x7F800000 == 0, torch.where(bits < 0, -size, size), A.double())
 
 
 # --- Reading a network ----------------------------------------------------------------------------------------------
@@ -130,7 +139,7 @@ def read(model: nn.Module | Network) -> Network:
         raise NoEnclosure(f"no enclosure for {type(model).__name__}: it has complex parameters")
     bare = _is_layer(model) and not list(model.children())  # give the tracer something to walk through
     try:
-        module = copy.deepcopy(model).cpu().double().eval().requires_grad_(False)
+        module = copy.deepcopy(model).cpu()._apply(exact_double).eval().requires_grad_(False)  # noqa: SLF001
         module = nn.Sequential(module) if bare else module
         graph = _Tracer().trace(module)
     except Exception as error:  # whatever a user's forward may raise when it meets a symbol instead of a tensor
@@ -177,7 +186,7 @@ def inputs(X: Float[Tensor, "N ..."]) -> Float[Tensor, "N ..."]:
         raise ValueError(f"X has shape {tuple(X.shape)}; (N, ...) with at least one sample and one feature is needed")
     if not all(math.isfinite(end) for end in X.detach().aminmax()):
         raise ValueError("X holds NaN or infinity; finite numbers are needed")
-    return X.detach().cpu().double()
+    return exact_double(X.detach().cpu())
 
 
 # --- The end of a network -------------------------------------------------------------------------------------------

@@ -1,19 +1,7 @@
-"""Arithmetic whose results are theorems."""
+"""Arithmetic whose results are theorems: matrices, layers, networks and formulas, with every rounding counted."""
 
-from companion.rigor.balls import (
-    Ball,
-    add_ball,
-    avgpool_ball,
-    batchnorm_ball,
-    check_ball,
-    conv2d_ball,
-    dense_ball,
-    maxpool_ball,
-    relu_ball,
-    sigmoid_ball,
-    softplus_ball,
-    tanh_ball,
-)
+from companion.networks.reading import NoEnclosure
+from companion.rigor.balls import check_ball, dense_ball
 from companion.rigor.intervals import Interval, cat, point, stack
 from companion.rigor.linear_algebra import (
     eig_min_lower,
@@ -26,43 +14,16 @@ from companion.rigor.linear_algebra import (
     spectral_norm,
     spectral_norm_upper,
 )
-from companion.rigor.modules import (
-    ASSUMES_LIBRARY,
-    BATCH,
-    FUNCTIONS,
-    METHODS,
-    MODULES,
-    Network,
-    NoEnclosure,
-    ancestors,
-    blocks,
-    enclose,
-    inputs,
-    read,
-)
-from companion.rigor.rationals import exact_rank, exact_sigma_min_exceeds, null_space, to_fractions
-from companion.rigor.rounding import TINY, UNIT, gamma, round_down, round_up
+from companion.rigor.modules import enclose
+from companion.rigor.rationals import exact_rank, exact_sigma_min_exceeds, null_space
+from companion.rigor.rounding import UNIT, gamma, round_down, round_up
 
 __all__ = [
-    "ASSUMES_LIBRARY",
-    "BATCH",
-    "FUNCTIONS",
-    "METHODS",
-    "MODULES",
-    "TINY",
     "UNIT",
-    "Ball",
     "Interval",
-    "Network",
     "NoEnclosure",
-    "add_ball",
-    "ancestors",
-    "avgpool_ball",
-    "batchnorm_ball",
-    "blocks",
     "cat",
     "check_ball",
-    "conv2d_ball",
     "dense_ball",
     "eig_min_lower",
     "enclose",
@@ -71,23 +32,15 @@ __all__ = [
     "frobenius_norm_upper",
     "gamma",
     "gram",
-    "inputs",
-    "maxpool_ball",
     "norm",
     "null_space",
     "point",
     "product_error",
     "product_radius",
-    "read",
-    "relu_ball",
     "round_down",
     "round_up",
     "sigma_min_lower",
-    "sigmoid_ball",
-    "softplus_ball",
     "spectral_norm",
     "spectral_norm_upper",
     "stack",
-    "tanh_ball",
-    "to_fractions",
 ]

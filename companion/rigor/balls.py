@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from companion.networks.reading import exact_double
 from companion.rigor import elementary
 from companion.rigor.rounding import TINY, UNIT, gamma, has_subnormal
 
@@ -52,7 +53,7 @@ def _parameters(k: int, **parameters: Tensor | None) -> list[Tensor | None]:
         if A is not None:
             if not A.is_floating_point() or not bool(torch.isfinite(A).all()):
                 raise ValueError(f"{name} is {A.dtype} or holds NaN or infinity; finite floating point is needed")
-            A = A.detach().cpu().double()
+            A = exact_double(A.detach().cpu())
         out.append(A)
     return out
 

@@ -9,7 +9,7 @@ A float in a formula counts as the number that it is: ``x * 0.5`` is exact, ``x 
 numbers beside an interval are whole numbers, fractions, tensors, or floats with at most 20 binary places; anything else
 is wrapped by its author: ``point(Fraction(1, 10))`` for a tenth, ``point(0.1)`` for the float next to it.
 
-There is no ``<``, since of two intervals often neither is surely less: `below` and `at_most` say where it is sure.
+There is no ``<``, since of two intervals often neither is surely less: compare ends.
 """
 
 from __future__ import annotations
@@ -150,21 +150,6 @@ class Interval:
         """The larger of two numbers."""
         other = _lift(other, self)
         return Interval(torch.maximum(self.lo, other.lo), torch.maximum(self.hi, other.hi))
-
-    def minimum(self, other: Number) -> Interval:
-        """The smaller of two numbers."""
-        other = _lift(other, self)
-        return Interval(torch.minimum(self.lo, other.lo), torch.minimum(self.hi, other.hi))
-
-    # --- Comparisons --------------------------------------------------------------------------------------------------
-
-    def below(self, other: Number) -> Tensor:
-        """Where every number of this interval is surely less than every number of the other."""
-        return self.hi < _lift(other, self).lo
-
-    def at_most(self, other: Number) -> Tensor:
-        """Where no number of this interval can be larger than any number of the other."""
-        return self.hi <= _lift(other, self).lo
 
     # --- Shapes -------------------------------------------------------------------------------------------------------
 

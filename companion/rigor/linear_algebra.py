@@ -84,20 +84,6 @@ def _row_panels(A: Tensor, width: int = 0) -> Iterator[slice]:
     return (slice(i, i + rows) for i in range(0, len(A), rows))
 
 
-def _check_product(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    A, B = checked(A, "A"), checked(B, "B")
-    if A.shape[1] != B.shape[0]:
-        raise ValueError(f"A has shape {tuple(A.shape)}, B {tuple(B.shape)}; A needs as many columns as B has rows")
-    return A, B
-
-
-def _radius(A: Tensor, abs_B: Tensor, lost: float) -> Tensor:
-    k = len(abs_B)
-    # gamma_k / (1 - gamma_k) = k u / (1 - 2 k u), and 4 for the roundings of this line; underflow: k products, k sums
-    factor = round_up((k + 4) * UNIT / round_down(1 - 2 * (k + 4) * UNIT))
-    return (A.abs() @ abs_B).mul_(factor).add_((2 * k + 4) * _ETA + lost)
-
-
 def _lost(A: Tensor, B: Tensor) -> float:
     """What a product loses where subnormal entries count as 0, in ``A B`` and in ``|A| |B|``."""
     small = (_largest(B) if has_subnormal(A) else 0.0) + (_largest(A) if has_subnormal(B) else 0.0)
@@ -124,18 +110,17 @@ def product_radius(A: Float[Tensor, "n k"], B: Float[Tensor, "k m"]) -> Float[Te
 
     Source: the standard model of floating-point arithmetic; lesson 1, appendix.
     """
-    A, B = _check_product(A, B)
-    abs_B, lost = B.abs(), _lost(A, B)
-    out = A.new_empty(len(A), B.shape[1])
-    for rows in _row_panels(A, B.shape[1]):
-        out[rows] = _radius(A[rows], abs_B, lost)
-    return out
+    A, B = checked(A, "A"), checked(B, "B")
+    if A.shape[1] != B.shape[0]:
+        raise ValueError(f"A has shape {tuple(A.shape)}, B {tuple(B.shape)}; A needs as many columns as B has rows")
+    k = len(B)
+    # gamma_k / (1 - gamma_k) = k u / (1 - 2 k u), and 4 for the roundings of this line; underflow: k products, k sums
+    factor = round_up((k + 4) * UNIT / round_down(1 - 2 * (k + 4) * UNIT))
+    return (A.abs() @ B.abs()).mul_(factor).add_((2 * k + 4) * _ETA + _lost(A, B))
 
 
 def product_error(A: Float[Tensor, "n k"], B: Float[Tensor, "k m"]) -> float:
-    """Bound the rounding error of a product in the Frobenius norm, ``||fl(A B) - A B||_F``, rounded up.
-
-    The norm of `product_radius`, without holding an (n, m) array.
+    """Bound the rounding error of a product in the Frobenius norm, ``||fl(A B) - A B||_F``: that of `product_radius`.
 
     Args:
         A: float64 matrix ``(n, k)``, finite.
@@ -150,14 +135,8 @@ def product_error(A: Float[Tensor, "n k"], B: Float[Tensor, "k m"]) -> float:
 
     Source: lesson 1, appendix.
     """
-    A, B = _check_product(A, B)
-    abs_B, lost, norms = B.abs(), _lost(A, B), []
-    for rows in _row_panels(A, B.shape[1]):
-        radius = _radius(A[rows], abs_B, lost)
-        if not math.isfinite(_largest(radius)):
-            return math.inf
-        norms.append(frobenius_norm_upper(radius))
-    return frobenius_norm_upper(A.new_tensor([norms])) if math.isfinite(max(norms)) else math.inf
+    radius = product_radius(A, B)
+    return frobenius_norm_upper(radius) if math.isfinite(_largest(radius)) else math.inf
 
 
 def _frobenius(S: Tensor) -> float:
@@ -335,6 +314,23 @@ def _cholesky_error(M: Tensor) -> float:
     return sum_up(residual * (1 + 8 * UNIT), gamma(n + 1) * _absolute_gram_norm(L) * (1 + 4 * UNIT), _DUST)
 
 
+def _below_spectrum(G: Tensor, guess: float, delta: float, noise: float) -> float:
+    """A number below all eigenvalues of every symmetric matrix within `noise` of `G`, which is overwritten.
+
+    For any c and L: ``lambda_min >= c - ||G - c I - L L^T|| - noise``. Here c is below a guess at ``lambda_min`` by a
+    share, `delta` or more, at which a Cholesky factor is found; minus infinity when there is none.
+    """
+    diagonal = G.diagonal().clone()
+    while delta < 1:
+        c = guess - delta * abs(guess)
+        torch.sub(diagonal, c, out=G.diagonal())
+        error = sum_up(_cholesky_error(G), noise, _LOST, _DUST)
+        if math.isfinite(error):
+            return round_down(c - error)
+        delta *= 30
+    return -math.inf
+
+
 def _shift_bound(S: Tensor) -> tuple[float, float]:
     """The shift bound on ``sigma_min(S)``, 0.0 when nothing is shown, and the guess at ``sigma_min`` it aimed at."""
     m = S.shape[1]
@@ -347,17 +343,8 @@ def _shift_bound(S: Tensor) -> tuple[float, float]:
     guess = 1 / theta if theta > 0 else 0.0
     if not guess > noise:
         return 0.0, 0.0
-    diagonal = G.diagonal().clone()
-    delta = max(1e-7, rough / 4, noise / (8 * guess))
-    while delta < 1:
-        c = (1 - delta) * guess
-        torch.sub(diagonal, c, out=G.diagonal())
-        error = sum_up(_cholesky_error(G), noise, _DUST)
-        if math.isfinite(error):
-            square = round_down(c - error)
-            return (round_down(math.sqrt(square)) if square > 0 else 0.0), math.sqrt(guess)
-        delta *= 30
-    return 0.0, 0.0
+    square = _below_spectrum(G, guess, max(1e-7, rough / 4, noise / (8 * guess)), noise)
+    return (round_down(math.sqrt(square)) if square > 0 else 0.0), math.sqrt(guess)
 
 
 def spectral_norm_upper(A: Float[Tensor, "n m"]) -> float:
@@ -388,17 +375,9 @@ def spectral_norm_upper(A: Float[Tensor, "n m"]) -> float:
     best = _frobenius(S)
     G, noise = _gram(S), round_up(gamma(S.shape[1]) * _absolute_gram_norm(S))
     guess, rough = _largest_ritz(lambda V: G @ V, len(S), steps=16)
-    diagonal = G.diagonal().clone()
-    G.neg_()
-    delta = max(1e-10, 4 * rough, noise / (8 * guess)) if guess > 0 else math.inf
-    while delta < 1:
-        c = (1 + delta) * guess
-        torch.sub(c, diagonal, out=G.diagonal())
-        error = sum_up(_cholesky_error(G), noise, _DUST)
-        if math.isfinite(error):
-            best = min(best, round_up(math.sqrt(round_up(c + error))))
-            break
-        delta *= 30
+    if guess > 0:
+        square = -_below_spectrum(G.neg_(), -guess, max(1e-10, 4 * rough, noise / (8 * guess)), noise)
+        best = min(best, round_up(math.sqrt(square)))
     return scaled_up(sum_up(best, _LOST), exponent)
 
 
@@ -414,19 +393,19 @@ def _inverse_bound(S: Tensor) -> float:
     if not math.isfinite(_largest(Rt)) or not Rt.any():
         return 0.0
     ones = S.new_ones(len(S))
-    down, abs_R_ones = torch.zeros_like(ones), S.new_zeros(m)
+    along, abs_R_ones = torch.zeros_like(ones), S.new_zeros(m)
     ones_abs_S, across = torch.zeros_like(abs_R_ones), []
     for rows in _row_panels(S, len(S)):
         residual = S[rows] @ Rt.T
         residual[:, rows].diagonal().sub_(1)
         residual.abs_()
         across.append(residual.sum(dim=1))
-        down += residual.sum(dim=0)
+        along += residual.sum(dim=0)
         abs_R_ones += Rt[rows].abs().T @ ones[rows]
         ones_abs_S += S[rows].abs().sum(dim=0)
     rounding = gamma(m)  # of each entry of fl(S R), times |S| |R|
     row = torch.cat(across) + rounding * torch.cat([S[r].abs() @ abs_R_ones for r in _row_panels(S)])
-    column = down + rounding * torch.cat([Rt[r].abs() @ ones_abs_S for r in _row_panels(Rt)])
+    column = along + rounding * torch.cat([Rt[r].abs() @ ones_abs_S for r in _row_panels(Rt)])
     # sums of nonnegative numbers, at most n + m + 8 roundings each; ||B||_2^2 <= ||B||_1 ||B||_inf
     safety = 1 + gamma(2 * sum(S.shape) + 16)
     a = round_up(math.sqrt(float(row.max()) * safety + _DUST) * math.sqrt(float(column.max()) * safety + _DUST), 4)
@@ -509,13 +488,6 @@ def eig_min_lower(G: Float[Tensor, "n n"], radius: Float[Tensor, "n n"]) -> floa
     """
     G, radius = (A.tril() + A.tril(-1).T for A in (checked(G, "G"), checked(radius, "radius")))
     S, exponent = _in_range(G)
-    noise, best = scaled_up(frobenius_norm_upper(radius), -exponent), 0.0
-    guess = float(torch.linalg.eigvalsh(S)[0])
-    for share in (1e-6, 1e-4, 1e-2, 0.1):
-        c = (1 - share) * guess
-        if not c > 0:
-            break
-        shifted = S.clone()
-        shifted.diagonal().sub_(c)
-        best = max(best, round_down(c - sum_up(_cholesky_error(shifted), noise, _LOST, _DUST)))
-    return scaled_down(best, exponent)
+    noise = scaled_up(frobenius_norm_upper(radius), -exponent)
+    bound = _below_spectrum(S, float(torch.linalg.eigvalsh(S)[0]), 1e-6, noise)
+    return scaled_down(max(0.0, bound), exponent)

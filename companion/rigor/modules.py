@@ -103,6 +103,7 @@ MODULES: dict[type[nn.Module], Callable[[Any, Tensor, Tensor], Ball]] = {
     nn.Dropout1d: _same,
     nn.Dropout2d: _same,
     nn.ReLU: lambda module, h, D: balls.relu_ball(h, D),
+    nn.Sigmoid: lambda module, h, D: balls.sigmoid_ball(h, D),
     nn.Tanh: lambda module, h, D: balls.tanh_ball(h, D),
     nn.Softplus: lambda module, h, D: balls.softplus_ball(h, D, module.beta, module.threshold),
     Softplus: lambda module, h, D: balls.softplus_ball(h, D, module.beta),
@@ -145,6 +146,8 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     torch.add: _add,
     F.relu: _unary(balls.relu_ball),
     torch.relu: _unary(balls.relu_ball),
+    F.sigmoid: _unary(balls.sigmoid_ball),
+    torch.sigmoid: _unary(balls.sigmoid_ball),
     F.tanh: _unary(balls.tanh_ball),
     torch.tanh: _unary(balls.tanh_ball),
     F.dropout: _dropout,
@@ -158,6 +161,7 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
 METHODS: dict[str, Callable[..., Any]] = {
     "add": _add,
     "relu": _unary(balls.relu_ball),
+    "sigmoid": _unary(balls.sigmoid_ball),
     "tanh": _unary(balls.tanh_ball),
     "flatten": _flatten,
     "view": _reshape,
@@ -212,7 +216,6 @@ def _evaluate(network: Network, node: fx.Node, known: dict[fx.Node, Any]) -> Any
     if layer is not None:
         rule = MODULES.get(type(layer))
         rule = None if rule is None else partial(rule, layer)
-        rule = partial(_reshaped, layer) if rule is not None and rule.func is _reshaped else rule
         args = args[0] if len(args) == 1 and not kwargs and _is_ball(args[0]) else None
     else:
         rule = {"call_function": FUNCTIONS, "call_method": METHODS}.get(node.op, {}).get(node.target)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from companion.rigor.rounding import MAGNITUDE, checked
 
-__all__ = ["exact_rank", "exact_sigma_min_exceeds", "null_space", "to_fractions", "whole_numbers"]
+__all__ = ["exact_rank", "exact_sigma_min_exceeds", "null_space", "whole_numbers"]
 
 
 def whole_numbers(A: Float[Tensor, "n m"]) -> tuple[list[list[int]], int]:
@@ -40,24 +40,6 @@ def whole_numbers(A: Float[Tensor, "n m"]) -> tuple[list[list[int]], int]:
     least = int(exponents[size > 0].min()) if bool((size > 0).any()) else 0
     pairs = (zip(*rows, strict=True) for rows in zip(mantissas.tolist(), exponents.tolist(), strict=True))
     return [[m << max(0, e - least) for m, e in row] for row in pairs], least
-
-
-def to_fractions(A: Float[Tensor, "n m"]) -> list[list[Fraction]]:
-    """Write every float of `A` as the rational number it is.
-
-    Args:
-        A: float64 matrix ``(n, m)``, finite.
-
-    Returns:
-        n lists of m fractions.
-
-    Raises:
-        TypeError: not a tensor, or not float64.
-        ValueError: not 2-D, empty, NaN or infinity.
-    """
-    rows, exponent = whole_numbers(A)
-    unit = Fraction(2) ** exponent
-    return [[m * unit for m in row] for row in rows]
 
 
 # --- Elimination ------------------------------------------------------------------------------------------------------

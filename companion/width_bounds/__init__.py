@@ -12,8 +12,6 @@ function of them, batched over leading axes, so that a map over widths or scales
 from companion.width_bounds.certificates import (
     certify,
     certify_paper,
-    envelope,
-    train,
 )
 from companion.width_bounds.fixed_points import (
     AtRadii,
@@ -24,6 +22,10 @@ from companion.width_bounds.fixed_points import (
     smallest_beta,
     spectra,
     two_layer_threshold,
+)
+from companion.width_bounds.training import (
+    envelope,
+    train,
 )
 from companion.width_bounds.widths import (
     chernoff_width,

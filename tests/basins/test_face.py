@@ -15,16 +15,17 @@ GOOD = shallow_problem(1, 4, 2, 3)
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        (lambda w, X, Y: (w, X.float(), Y), TypeError, "float64 tensor is needed"),
-        (lambda w, X, Y: (w, X, Y.long()), TypeError, "float64 tensor is needed"),
-        (lambda w, X, Y: (w, X.numpy(), Y), TypeError, "float64 tensor is needed"),
-        (lambda w, X, Y: (w, X * math.nan, Y), ValueError, "NaN or infinity"),
-        (lambda w, X, Y: ([w[0] * math.inf, w[1]], X, Y), ValueError, "NaN or infinity"),
+        (lambda w, X, Y: (w, X.float(), Y), TypeError, "X has dtype torch.float32; torch.float64 is needed"),
+        (lambda w, X, Y: (w, X, Y.long()), TypeError, "Y has dtype torch.int64; torch.float64 is needed"),
+        (lambda w, X, Y: (w, X.numpy(), Y), TypeError, r"write torch.from_numpy\(X\)"),
+        (lambda w, X, Y: (w, X * math.nan, Y), ValueError, r"X\[0, 0\] is nan"),
+        (lambda w, X, Y: ([w[0] * math.inf, w[1]], X, Y), ValueError, r"weights\[0\]\[0, 0, 0\] is -?inf"),
         (lambda w, X, Y: (w, X, Y[:, 0]), ValueError, "Y has shape"),
-        (lambda w, X, Y: (w, X, Y[:2]), ValueError, "one target for each input"),
-        (lambda w, X, Y: ([*w, w[1].mT], X, Y.expand(4, 3)), ValueError, "one hidden layer"),
+        (lambda w, X, Y: (w, X, Y[:2]), ValueError, "with N = 4, as in X"),
+        (lambda w, X, Y: ([*w, torch.ones(1, 1, 1).double()], X, Y), ValueError, "one hidden layer"),
         (lambda w, X, Y: (w, X.expand(2, 4, 2), Y), ValueError, "2 data sets for 1 networks"),
-        (lambda w, X, Y: ([w[0], w[1].expand(1, 3, 2)], X, Y.expand(4, 2)), ValueError, "1 output is needed"),
+        (lambda w, X, Y: (w, X[None, None], Y), ValueError, "X has shape"),
+        (lambda w, X, Y: ([w[0], w[1].expand(1, 3, 2)], X, Y), ValueError, "Y has 1 columns but the network has 2"),
     ],
 )
 def test_bad_data_are_refused(unchecked, change, error, words):
@@ -49,7 +50,7 @@ def test_kinks_and_jumps_have_no_hessian_certificate(act, level):
         (lambda w, X, Y: basins.certify_no_basin(0, 1, "tanh"), ValueError, "at least one sample"),
         (lambda w, X, Y: basins.certify_no_basin(4, 1, "tanh", "hinge"), ValueError, "loss is 'hinge'"),
         (lambda w, X, Y: basins.certify_no_basin(5, 1, "tanh", X=X), ValueError, "one row a sample"),
-        (lambda w, X, Y: basins.certify_no_basin(4, 1, "tanh", X=X.float()), TypeError, "float64 tensor"),
+        (lambda w, X, Y: basins.certify_no_basin(4, 1, "tanh", X=X.float()), TypeError, "X has dtype torch.float32"),
         (lambda w, X, Y: basins.descent_road(w, X, Y, "tanh"), ValueError, "m is 3, below q = 4"),
         (
             lambda w, X, Y: basins.descent_road([t.expand(2, *t.shape[1:]) for t in w], X, Y, "tanh"),
@@ -65,7 +66,7 @@ def test_kinks_and_jumps_have_no_hessian_certificate(act, level):
         (lambda w, X, Y: basins.split_neuron(w, 3, (1.0,)), ValueError, "j is 3"),
         (lambda w, X, Y: basins.split_neuron(w, 0, (0.5, 0.4)), ValueError, "sum 1"),
         (lambda w, X, Y: basins.touching_points(X, 0, "tanh", 1, torch.Generator()), ValueError, "at least 1"),
-        (lambda w, X, Y: basins.exact_bad_minimum("tanh", (1,), (1.5, 2, 3), 2), ValueError, "integer inputs"),
+        (lambda w, X, Y: basins.exact_bad_minimum("tanh", (1,), (1.5, 2, 3), 2), TypeError, "a whole number is needed"),
         (lambda w, X, Y: basins.exact_bad_minimum("tanh", (1,), (1, 2, 10**6), 2), ValueError, "beyond 10000"),
         (lambda w, X, Y: basins.exact_bad_minimum("tanh", (1,), (1, 2), 2), ValueError, "2 m \\+ 1 = 3"),
         (lambda w, X, Y: basins.exact_bad_minimum("tanh", (1, 1), (1, 2, 3), 2), ValueError, "different integers"),

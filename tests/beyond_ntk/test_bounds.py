@@ -173,7 +173,7 @@ def test_duplicate_floor_is_a_floor_and_is_reached(seed):
         (lambda: rb.linear_rate(-1.0, 3, 0.1), "sigma_N, N, step, mu"),
         (lambda: rb.cross_entropy_bound(1.0, 3, 2, [0], step=0.1), "t >= 1"),
         (lambda: rb.ridge_gap(*problem(loss="cross_entropy"), 0.0), "ridge is 0.0"),
-        (lambda: rb.duplicate_floor(torch.arange(3), torch.ones(4, 1)), "groups has 3"),
+        (lambda: rb.duplicate_floor(torch.arange(3), torch.ones(4, 1)), r"Y has shape \(4, 1\); \(N, K\) with N = 3"),
         (lambda: rb.duplicate_floor(torch.arange(3), torch.ones(3, 1), "hinge"), "loss is 'hinge'"),
     ],
 )

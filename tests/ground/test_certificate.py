@@ -140,6 +140,29 @@ def test_members_are_counted():
     assert example(members=(example(), example())).verdict() == "holds in floating point (2 of 2 networks)"
 
 
+@given(st.floats(allow_nan=False, allow_infinity=False), st.integers(1, 5))
+def test_a_bound_holds_as_it_is_printed(value, digits):
+    down, near, up = (float(show(value, digits, side)) for side in ("down", "", "up"))
+    assert down <= value <= up
+    assert near in (down, up)
+    assert up - down <= 10.0 ** (1 - digits) * abs(value) * (1 + 1e-9) or not math.isfinite(up)
+
+
+def test_what_a_certificate_promises_is_printed_on_the_safe_side():
+    rows = (compare("η", 2.2355e-06, "<=", 2.23999e-06), compare("n", 1000.5, ">=", 1000.2))
+    cert = Certificate("T", True, rows, {"max_step": 2.23999e-06, "width": 1000.2, "other": 1.9999})
+    assert "≤ 2.23e-06" in str(cert)
+    assert "≥ 1.01e+03" in str(cert)
+    assert "max_step = 2.23e-06" in str(cert)
+    assert "width = 1.01e+03" in str(cert)
+    assert "other = 2" in str(cert)
+
+
+def test_the_first_line_says_what_was_gained():
+    cert = Certificate("T", True, (compare("a", 1, "<", 2, "certified"),), says="within 2.3 of the infimum")
+    assert str(cert).startswith("T: certified: within 2.3 of the infimum")
+
+
 def test_show():
     assert show(None) == "–"
     assert (show(True), show(False)) == ("yes", "no")

@@ -273,30 +273,39 @@ def test_iterate_survives_more_steps_than_a_block_holds():
     assert torch.equal(run.residual[:, 0], run.steps.float())
 
 
+class Stop(Exception):
+    """What interrupts the run of the next test."""
+
+
+STOP = {"at": None}  # not enclosed by the observable, which is the same with it and without
+
+
+def stopping(state):
+    if STOP["at"] is not None and state.step >= STOP["at"]:
+        raise Stop
+    return size_of_first(state)
+
+
 @pytest.mark.parametrize("every", [1, 7])
 def test_resume_after_any_stop_gives_the_same_bits(tmp_path, every):
     weights, X, Y = problem()
     arguments = (weights, X, Y, 1e-2, 60)
-    whole = descent.train(*arguments, every=every, observe=OBSERVE)
-
-    class Stop(Exception):
-        pass
-
+    observe = {"size": stopping}
+    whole = descent.train(*arguments, every=every, observe=observe)
     for stop in (3, 10, 31, 59, 60):
         path = tmp_path / f"{stop}.safetensors"
-
-        def stopping(state, stop=stop):
-            if state.step >= stop:
-                raise Stop
-            return size_of_first(state)
-
-        options = {"every": every, "checkpoint": path, "checkpoint_every": 10}
+        options = {"every": every, "checkpoint": path, "checkpoint_every": 10, "observe": observe}
+        STOP["at"] = stop
         with pytest.raises(Stop):
-            descent.train(*arguments, observe={"size": stopping}, **options)
+            descent.train(*arguments, **options)
+        STOP["at"] = None
         assert path.exists() == (stop >= 10)
-        assert same_bits(descent.train(*arguments, observe=OBSERVE, **options), whole)
-        assert same_bits(descent.train(*arguments, observe=OBSERVE, **options), whole)  # a finished run is just loaded
+        assert same_bits(descent.train(*arguments, **options), whole)
+        assert same_bits(descent.train(*arguments, **options), whole)  # a finished run is just loaded
         assert not list(tmp_path.glob("*.tmp"))
+        other = {"size": lambda state: 2 * size_of_first(state)}
+        with pytest.raises(ValueError, match="another observables"):
+            descent.train(*arguments, **{**options, "observe": other})
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from companion import data, kernels, networks
-from companion.minimum_norm import first_layer
 
 
 def rows(N, d, seed):
@@ -198,31 +197,3 @@ def test_bad_input(unchecked, X, Z, message):
 def test_negative_degree():
     with pytest.raises(ValueError, match="r_max is -1"):
         kernels.relu_hermite(-1)
-
-
-def jacobian_gram(X, W, signs):
-    """J J^T by autograd, J formed."""
-    J = torch.func.jacrev(lambda w: (torch.relu(X @ w) @ signs) / W.shape[1] ** 0.5)(W).reshape(len(X), -1)
-    return J @ J.T
-
-
-def test_empirical_gram_is_that_of_the_jacobian_and_tends_to_the_kernel():
-    g = torch.Generator().manual_seed(3)
-    X = torch.randn(6, 4, generator=g, dtype=torch.float64)
-    W = torch.randn(2, 4, 30, generator=g, dtype=torch.float64)
-    signs = torch.ones(30, dtype=torch.float64)
-    signs[::3] = -1
-    for s in range(2):
-        torch.testing.assert_close(first_layer.empirical_gram(X, W[s]), jacobian_gram(X, W[s], signs))
-    torch.testing.assert_close(first_layer.empirical_gram(X, W)[1], first_layer.empirical_gram(X, W[1]))
-    wide = torch.randn(4, 400_000, generator=g, dtype=torch.float64)
-    error = first_layer.empirical_gram(X, wide) - kernels.relu_ntk(X)
-    # five standard deviations of a mean of 400,000 terms of size at most |x_i||x_j|
-    assert error.abs().max() < 5 * X.square().sum(1).max() / 400_000**0.5
-
-
-def test_empirical_gram_refuses_what_does_not_fit(unchecked):
-    X, W = torch.randn(5, 3), torch.randn(3, 8)
-    for bad, text in ((W.double(), "torch.float32"), (W[:2], r"\(d, m\) or \(S, d, m\)"), (W / 0, "W holds NaN")):
-        with pytest.raises(ValueError, match=text):
-            first_layer.empirical_gram(X, bad)

@@ -1,5 +1,6 @@
 """Long runs: whole files or none, damage found, digests that tell what they are of."""
 
+import functools
 import os
 
 import numpy as np
@@ -73,3 +74,23 @@ def test_counts_are_whole_and_large_enough(unchecked):
         runs.count("steps", 2.5, 0)
     with pytest.raises(ValueError, match="steps is 0; an integer >= 1"):
         runs.count("steps", 0, 1)
+
+
+def test_functions_of_one_name_are_told_apart():
+    def make(c):
+        return lambda x: c * x
+
+    def observe(x):
+        return x + 1
+
+    first = runs.identity(observe)
+
+    def observe(x):
+        return x + 2
+
+    functions = [make(1), make(2), make(torch.ones(2)), make(torch.zeros(2)), make(observe), lambda x: x, lambda x: -x]
+    functions += [functools.partial(observe, x=1), functools.partial(observe, x=2), functools.partial(observe, 1), abs]
+    known = [first, runs.identity(observe), *(runs.identity(f) for f in functions)]
+    assert len({runs.digest(k) for k in known}) == len(known)
+    assert runs.identity(make(1)) == runs.identity(make(1))
+    assert runs.identity(torch.nn.Tanh())[0] == "torch.nn.modules.activation.Tanh"

@@ -191,7 +191,6 @@ def test_the_grid_is_the_product_of_its_axes():
         ((train, [{"seed": float("nan")}]), {}, TypeError, "configuration 0 is not plain"),
         ((train, [3]), {}, TypeError, "configuration 0 is int"),
         (("train", []), {}, TypeError, "function is str"),
-        ((functools.partial(train, 1), [{"width": 2}]), {}, TypeError, "positional arguments"),
         ((train, []), {"on_failure": "ignore"}, ValueError, "on_failure is 'ignore'"),
     ],
 )

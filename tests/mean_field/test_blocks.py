@@ -2,11 +2,25 @@
 
 import math
 
+import mpmath
 import pytest
 import torch
+from making import gaussian
 
-from companion.mean_field.blocks import RBF, BallBump, Bias, Block, Custom, GaussBump, Linear, ReluMLP, Squares, TanhMLP
-from companion.mean_field.blocks import bumps as blocks
+from companion.mean_field.blocks import (
+    HYPOTHESES,
+    RBF,
+    BallBump,
+    Bias,
+    Block,
+    Custom,
+    GaussBump,
+    Linear,
+    ReluMLP,
+    Squares,
+    TanhMLP,
+)
+from companion.rigor import point
 
 
 def bump(z, theta):
@@ -98,7 +112,7 @@ def test_constants_bound_the_derivatives(block):
         moved = torch.randn(block.k, generator=g, dtype=torch.float64)
         theta = theta0 + 0.5 * moved / moved.norm()
         z = torch.randn(d, generator=g, dtype=torch.float64) * (0.5 + i % 2)
-        c = block.constants(theta0[None], 0.5, float(z.norm()))
+        c = block.constants(theta0[None], 0.5, float(z.norm())).spread(theta0[None])
         f, J, H = derivatives(block, z, theta)
         found = {
             "F": f.norm(),
@@ -126,21 +140,77 @@ def test_ball_bump_constants_are_nearly_attained():
     assert form_norm(H[:, :2, :2]) > 0.997 * c.H_zz
 
 
-def test_gauss_bump_constants():
-    c = GaussBump(0.5).constants()
-    assert c.F == 0.5
-    assert pytest.approx(0.5 * math.sqrt(math.e), rel=1e-14) == c.A
-    assert c.H_zz == pytest.approx(1.1377, abs=1e-4)
+def transcribed(block, v, a, radius, reach):
+    """The constants as lesson 2 writes them, in high precision; v and a are the norms of a particle's two parts."""
+    mp, sqrt, e = mpmath.mpf, mpmath.sqrt, mpmath.e
+    U, W, z, th = mp(v) + mp(radius), mp(a) + mp(radius), mp(reach), mp(1) / sqrt(mpmath.e)
+    lift, bend = sqrt(1 + z * z), 4 / (3 * sqrt(mp(3)))
+    if isinstance(block, BallBump):
+        R = mp(block.R)
+        beta = R**2 * mpmath.exp(1 / R**2 - 1) if R >= 1 else mp(1)
+        H = (R**2 + sqrt(R**4 + 4 * R**2 / e)) / 2 + 3 * sqrt(mp(1) / 5) * (mp(4) / 5) ** 2 * sqrt(beta)
+        H_tt = (U * H + sqrt(U**2 * H**2 + 4 * beta)) / 2
+        return U, U * th, U * th, sqrt(1 + U**2 * beta), U, sqrt(1 / e + U**2 * (1 / e + R**2)), H_tt
+    if isinstance(block, GaussBump):
+        s2 = 3 - sqrt(mp(6))
+        H = mp(block.alpha) * sqrt(s2) * (3 - s2) * mpmath.exp((1 - s2) / 2)
+        return mp(block.alpha), *[mp(block.alpha) / th] * 3, H, H, H
+    if isinstance(block, RBF):
+        return U, U * th, U * th, sqrt(1 + U**2 / e), U, sqrt(1 / e + U**2), (U + sqrt(U**2 + 4 / e)) / 2
+    if isinstance(block, TanhMLP):
+        c = bend * U * lift**2
+        H_zt = sqrt(W**2 + (U * (bend * W * lift + 1)) ** 2)
+        return U, U * W, U * W, sqrt(1 + U**2 * lift**2), bend * U * W**2, H_zt, (c + sqrt(c**2 + 4 * lift**2)) / 2
+    if isinstance(block, Squares):
+        return U**2 * lift**2, *[2 * U**2 * lift] * 2, 2 * U * lift**2, 2 * U**2, 4 * U * lift, 2 * lift**2
+    if isinstance(block, Linear):
+        return U * z, U, U * sqrt(mp(block.d)), z, 0, 1, 0
+    return U, 0, 0, 1, 0, 0, 0  # Bias
+
+
+def two_norms(block, theta):
+    """The norms of the parts of a particle on which the constants depend."""
+    first = {BallBump: 1, RBF: block.d, TanhMLP: block.d}.get(type(block), block.k)
+    return float(theta[:first].norm()), float(theta[first : 2 * first].norm())
+
+
+@pytest.mark.parametrize("block", [*SMOOTH, BallBump(2, R=1.0), BallBump(1, R=8.0)], ids=str)
+def test_constants_are_those_of_the_lesson_and_certified_ones_contain_them(block):
+    mpmath.mp.prec = 200
+    theta = gaussian(6, block.k, seed=4) * torch.logspace(-3, 2, 6, dtype=torch.float64)[:, None]
+    for radius, reach in ((0.0, 0.7), (0.3, 5.0)):
+        measured = block.constants(theta, radius, reach).spread(theta)
+        certified = block.constants(point(theta), radius, reach).spread(point(theta))
+        for m, particle in enumerate(theta):
+            exact = transcribed(block, *two_norms(block, particle), radius, reach)
+            for name, value in zip(vars(measured), exact, strict=True):
+                assert float(getattr(measured, name)[m]) == pytest.approx(float(value), rel=1e-12), name
+                part = getattr(certified, name)
+                low, high = (mpmath.mpf(float(end[m])) for end in (part.lo, part.hi))
+                # the norms that went into `value` are rounded themselves
+                assert low * (1 - mpmath.mpf(2) ** -50) <= value <= high * (1 + mpmath.mpf(2) ** -50), name
+                assert high - low <= mpmath.mpf(10) ** -11 * (1 + abs(value)), name
+
+
+def test_maxima_of_scalar_functions_in_the_constants():
     s = torch.linspace(-5, 5, 200_001, dtype=torch.float64)
     slope = (3 * s - s**3) * torch.exp(0.5 - s * s / 2)
-    assert blocks._GAUSS_H * (1 - 1e-6) < float(slope.abs().max()) <= blocks._GAUSS_H
+    assert float(slope.abs().max()) == pytest.approx(float(GaussBump(1.0).constants().H_zz), rel=1e-8)
     h = torch.tanh(s)
-    assert blocks._TANH_H * (1 - 1e-5) < float((2 * h * (1 - h * h)).abs().max()) <= blocks._TANH_H
+    bend = TanhMLP(1).constants(torch.ones(1, 3, dtype=torch.float64), 0.0, 0.0).H_zz[0]
+    assert float((2 * h * (1 - h * h)).abs().max()) == pytest.approx(float(bend), rel=1e-8)
+
+
+def test_mixed_derivative_of_a_perceptron_is_attained_where_the_inner_weights_vanish():
+    theta = torch.tensor([1.7, 0, 0, 0, 0], dtype=torch.float64)
+    _, _, H = derivatives(TanhMLP(2), torch.zeros(2, dtype=torch.float64), theta)
+    bound = TanhMLP(2).constants(theta[None], 0.0, 0.0).H_ztheta
+    assert form_norm(H[:, :2, 2:]) == pytest.approx(float(bound), rel=1e-12) == pytest.approx(1.7)
 
 
 def test_chart_second_derivative_bound():
     g = torch.Generator().manual_seed(0)
-    worst = 0.0
+    worst, bound = 0.0, 3 * math.sqrt(0.2) * 0.8**2
 
     def zeta(x, j):
         return (x / (1 + x @ x).sqrt())[j]
@@ -151,21 +221,31 @@ def test_chart_second_derivative_bound():
         worst = max(worst, form_norm(H))
     omega = torch.tensor([0.5, 0, 0, 0], dtype=torch.float64)  # |zeta|^2 = 0.2
     H = torch.stack([torch.autograd.functional.hessian(lambda x, j=j: zeta(x, j), omega) for j in range(4)])
-    assert worst <= blocks._BALL_H
-    assert form_norm(H) == pytest.approx(3 * math.sqrt(0.2) * 0.8**2, rel=1e-9)
+    assert worst <= bound * (1 + 1e-12)
+    assert form_norm(H) == pytest.approx(bound, rel=1e-9)
 
 
-def test_global_constants():
+def test_constants_without_particles():
     assert RBF(2).constants(None, 2.0).F == 2.0
     assert TanhMLP(2).constants(None, 2.0, 1.0).A == 4.0
     assert ReluMLP(2).constants(None, 1.0, 1.0).H_zz == math.inf
     assert Linear().constants(None, 1.0, 3.0).B == 3.0
     assert Bias().constants(None, 1.0).A == 0
     assert Squares().constants(None, 1.0, 0.0).H_thetatheta == 2.0
-    assert math.inf == Custom(bump, 2, 4).constants().F
-    c = ReluMLP(2).constants(torch.zeros(3, 5, dtype=torch.float64), 1.0, 1.0)
-    assert c.B.shape == (3,)
-    assert Custom(bump, 2, 4).constants(torch.zeros(3, 4)).H_zz.shape == (3,)
+    assert not Custom(bump, 2, 4).constants().finite()
+    assert GaussBump().constants().finite()
+    theta = torch.zeros(3, 5, dtype=torch.float64)
+    assert ReluMLP(2).constants(theta, 1.0, 1.0).spread(theta).H_zz.tolist() == [math.inf] * 3
+
+
+def test_constants_of_the_usual_perceptron_bound_its_first_derivatives():
+    block, theta, z = ReluMLP(2), gaussian(200, 5, seed=5), gaussian(200, 2, seed=6)
+    c = block.constants(theta, 0.0, float(z.norm(dim=1).max())).spread(theta)
+    for m in range(200):
+        J = torch.autograd.functional.jacobian(lambda x: block.f(x[:2], x[2:]), torch.cat([z[m], theta[m]]))
+        assert float(block.f(z[m], theta[m]).norm()) <= float(c.F[m])
+        assert float(torch.linalg.matrix_norm(J[:, :2], 2)) <= float(c.A[m]) * (1 + 1e-12)
+        assert float(torch.linalg.matrix_norm(J[:, 2:], 2)) <= float(c.B[m])
 
 
 def test_initial_laws():
@@ -189,8 +269,16 @@ def test_initial_laws():
 @pytest.mark.parametrize("block", ALL, ids=named)
 def test_audit_is_complete(block):
     rows = block.hypotheses()
-    assert tuple(r.name for r in rows) == blocks.HYPOTHESES
+    assert tuple(r.name for r in rows) == HYPOTHESES
     assert all(r.answer in ("yes", "no", "not checkable") and r.why for r in rows)
+
+
+def test_a_subclass_inherits_no_proof():
+    class Wide(BallBump):
+        def draw(self, shape, generator):
+            return 100 * torch.randn(*shape, self.k, generator=generator, dtype=torch.float64)
+
+    assert {r.answer for r in Wide(2).hypotheses()} == {"not checkable"}
 
 
 def test_only_the_ball_bump_passes_the_audit():

@@ -84,8 +84,8 @@ def test_weno_is_of_fifth_order_on_smooth_data_and_does_not_overshoot_at_a_jump(
     ("change", "error", "words"),
     [
         ({"block": BallBump(1)}, ValueError, "k = 3"),
-        ({"X": X.expand(4, 2), "v": torch.ones(2, dtype=F64)}, ValueError, "2 columns"),
-        ({"X": X.float()}, TypeError, "float64"),
+        ({"X": X.expand(4, 2), "v": torch.ones(2, dtype=F64)}, ValueError, r"X has shape \(4, 2\); \(n, 1\)"),
+        ({"X": X.float()}, TypeError, "X has dtype torch.float32"),
         ({"cells": 4}, ValueError, "cells"),
         ({"cfl": 2.0}, ValueError, "cfl"),
         ({"support": (1.0, -1.0)}, ValueError, "increasing are needed"),

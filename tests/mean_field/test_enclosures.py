@@ -6,6 +6,7 @@ import torch
 from companion import mean_field as mf
 from companion.mean_field.blocks import RBF, BallBump, Bias, Custom, GaussBump, Linear, TanhMLP
 from companion.mean_field.enclosures import enclose
+from companion.mean_field.resnets import adjoint
 
 F64 = torch.float64
 BLOCKS = [BallBump(1), BallBump(2), BallBump(2, R=1.7), GaussBump(0.7), RBF(2), TanhMLP(2), Linear(2), Bias(2)]
@@ -26,7 +27,7 @@ def inside(interval, value):
 def test_enclosure_contains_the_float_network_up_to_its_rounding_and_is_narrow(block):
     theta, X, v = problem(block)
     found = enclose(block, theta, X, v)
-    z, P = mf.adjoint(block, theta[None], X, v.expand(1, *X.shape).contiguous())
+    z, P = adjoint(block, theta[None], X, v.expand(1, *X.shape).contiguous())
     for interval, value in ((found.z, z[:, 0]), (found.P, P[:, 0]), (found.output, z[-1, 0] @ v)):
         mid, radius = interval.split()
         assert torch.allclose(mid, value, rtol=1e-13, atol=1e-13)

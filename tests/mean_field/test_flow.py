@@ -1,5 +1,6 @@
 """The limit flow against finite nets, closed forms and quadrature by other means."""
 
+import itertools
 import math
 
 import numpy as np
@@ -47,15 +48,18 @@ def test_density_rule_has_the_moments_of_the_law():
     assert float((weights * nodes[:, 0]).sum()) == pytest.approx(0, abs=1e-15)
 
 
-def test_polar_rule_and_normal_rule_agree_with_each_other_and_with_a_large_sample():
+def test_normal_rule_agrees_with_a_rule_in_polar_coordinates_and_with_a_large_sample():
     block = BallBump(1)
 
     def value(theta, weights):
         _, b, c, _ = block.chart(theta)
         return float((weights * (b * b * torch.exp(-((0.7 - 3 * c) ** 2)) + c.cos())[:, 0]).sum())
 
-    fine, coarse = value(*particles.polar_rule(48, 48)), value(*particles.polar_rule(24, 24))
-    assert coarse == pytest.approx(fine, abs=3e-7)
+    # omega = r (cos a, sin a): Gauss-Laguerre in r^2 / 2, trapezoids in a
+    half, w = (torch.from_numpy(v) for v in np.polynomial.laguerre.laggauss(40))
+    angle = 2 * math.pi * torch.arange(40, dtype=F64) / 40
+    circle = torch.stack([0 * angle, angle.cos(), angle.sin()], dim=1)
+    fine = value(((2 * half).sqrt()[:, None, None] * circle).flatten(0, 1), w.repeat_interleave(40) / 40)
     assert value(*particles.normal_rule(2, 60)) == pytest.approx(fine, abs=1e-4)
     sample = block.draw((200_000,), torch.Generator().manual_seed(0))
     assert value(sample, torch.full((len(sample),), 1 / len(sample), dtype=F64)) == pytest.approx(fine, abs=4e-3)
@@ -76,7 +80,6 @@ def test_normal_rule_has_the_moments_of_the_normal_law():
         (lambda: particles.density_rule(torch.cos, (1.0, -1.0), 4), "a < b"),
         (lambda: particles.density_rule(torch.sin, (-1.0, 1.0), 4), "a density is needed"),
         (lambda: particles.density_rule(torch.zeros_like, (-1.0, 1.0), 4), "a density is needed"),
-        (lambda: particles.polar_rule(0, 4), "positive"),
         (lambda: particles.normal_rule(8, 100), "10\\^7"),
         (lambda: Depth.chebyshev(1), "at least 2"),
     ],
@@ -146,7 +149,12 @@ def test_flow_has_converged_in_depth_in_time_and_in_particles():
         return limit_flow(GaussBump(1.5), X, Y, ONE, *bump_rule(m), **(defaults | options)).loss.item()
 
     base = final()
-    assert base == pytest.approx(0.019259824, abs=5e-8)
+    theta, weights = bump_rule(32)  # a finite net of the same particles, extrapolated twice in its depth
+    deep = [layered(GaussBump(1.5), X, Y, ONE, theta, weights, L, 100, 0.01)[0][-1] for L in (8, 16, 32)]
+    once = [2 * b - a for a, b in itertools.pairwise(deep)]
+    by_descent = limit_flow(GaussBump(1.5), X, Y, ONE, theta, weights, times=[1.0], step=0.01, method="gd").loss.item()
+    assert (4 * once[1] - once[0]) / 3 == pytest.approx(by_descent, abs=1e-6)
+    assert by_descent == pytest.approx(base, rel=0.02)
     assert final(depth=19) == pytest.approx(base, abs=1e-10)
     assert final(m=96) == pytest.approx(base, abs=1e-7)
     assert final(step=0.05) == pytest.approx(base, abs=1e-7)
@@ -191,8 +199,9 @@ def test_regulariser_lifts_the_loss_before_it_fades():
 
 def test_order_on_the_line_is_kept_and_the_flow_interpolates():
     flow = limit_flow(GaussBump(1.5), X, -Y, ONE, *bump_rule(), times=[0.0, 5.0], step=0.1)
-    assert bool((flow.at(torch.linspace(0, 1, 50, dtype=F64))[..., 0].diff(dim=-1) > 0).all())
-    assert torch.allclose(flow.at(flow.t), flow.Z, atol=1e-14)
+    between = Depth.chebyshev(13).interpolate(flow.Z.transpose(0, 1), torch.linspace(0, 1, 50, dtype=F64))
+    assert bool((between[..., 0].diff(dim=-1) > 0).all())
+    assert torch.allclose(flow.particles_at(flow.t), flow.theta, atol=1e-14)
     assert flow.particles_at(torch.tensor([0.25], dtype=F64)).shape == (2, 1, 48, 1)
 
 
@@ -208,20 +217,21 @@ def test_particles_may_differ_in_depth_and_weights_may_be_split():
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"X": X.float()}, TypeError, "X is torch.float32; a float64"),
-        ({"y": [1.0]}, TypeError, "y is list"),
+        ({"X": X.float()}, TypeError, "X has dtype torch.float32; torch.float64 is needed"),
+        ({"y": [1.0]}, TypeError, "y is a list"),
         ({"y": Y[:, None]}, ValueError, "y has shape"),
-        ({"y": torch.full_like(Y, math.nan)}, ValueError, "y holds NaN"),
-        ({"v": torch.ones(2, dtype=F64)}, ValueError, "do not fit"),
-        ({"weights": torch.full((4,), 0.3, dtype=F64)}, ValueError, "sum 1.2; nonnegative numbers with sum 1"),
-        ({"weights": torch.tensor([1.5, -0.5, 0, 0], dtype=F64)}, ValueError, "nonnegative"),
-        ({"weights": torch.ones(1, dtype=F64)}, ValueError, "each of the 4 particles"),
-        ({"weights": [0.25] * 4}, ValueError, "weights is list"),
+        ({"y": torch.full_like(Y, math.nan)}, ValueError, r"y\[0\] is nan"),
+        ({"v": torch.ones(2, dtype=F64)}, ValueError, "v has shape"),
+        ({"weights": torch.full((4,), 0.3, dtype=F64)}, ValueError, "weights sum to 1.2, .* of sum 1 are needed"),
+        ({"weights": torch.tensor([1.5, -0.5, 0, 0], dtype=F64)}, ValueError, "the smallest is -0.5"),
+        ({"weights": torch.ones(1, dtype=F64)}, ValueError, r"\(M,\) with M = 4, as in theta"),
+        ({"weights": [0.25] * 4}, TypeError, "weights is a list"),
         ({"weights": torch.full((4,), 0.25)}, TypeError, "weights has dtype torch.float32"),
-        ({"theta": torch.zeros(7, 4, 1, dtype=F64)}, ValueError, "with 7 depths"),
+        ({"theta": torch.zeros(7, 4, 1, dtype=F64)}, ValueError, r"\(M, k\) or \(13, M, k\)"),
         ({"times": [1.0, 1.0]}, ValueError, "increasing"),
         ({"times": [-1.0]}, ValueError, "increasing"),
         ({"step": 0.0}, ValueError, "step is 0.0"),
+        ({"step": 1e-300, "times": [1.0]}, ValueError, "step is 1e-300; at most"),
         ({"method": "sgd"}, ValueError, "'rk4' or 'gd'"),
         ({"depth": 1}, ValueError, "at least 2"),
     ],

@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from making import layer_jacobian
 
-from companion import descent
+from companion import descent, kernels
 from companion.minimum_norm import first_layer
 
 
@@ -31,7 +32,7 @@ def test_streamed_products_match_autograd(S, N, m, chunk, seed):
     X, W, signs, y = problem(S=S, N=N, m=m, seed=seed)
     V = torch.randn(W.shape, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
     J = torch.func.jacrev(lambda w: outputs(X, w, signs))(W)  # (S, N, S, d, m), block diagonal in S
-    torch.testing.assert_close(first_layer.forward(X, W, signs, chunk), outputs(X, W, signs))
+    torch.testing.assert_close(first_layer.outputs(X, W, signs, chunk), outputs(X, W, signs))
     torch.testing.assert_close(first_layer.tangent(X, W, signs, V, chunk), torch.einsum("inkdm,kdm->in", J, V))
     torch.testing.assert_close(first_layer.pull_back(X, W, signs, y, chunk), torch.einsum("inkdm,in->kdm", J, y))
 
@@ -95,20 +96,23 @@ def test_panels_cover_every_neuron_once_within_memory():
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
-        (lambda X, W, a: (X, W.long(), a), TypeError, "W is torch.int64"),
-        (lambda X, W, a: (X, W.tolist(), a), TypeError, "W is list"),
+        (lambda X, W, a: (X, W.long(), a), TypeError, "W has dtype torch.int64; torch.float32 or torch.float64"),
+        (lambda X, W, a: (X, W.tolist(), a), TypeError, "W is a list; a torch tensor is needed"),
         (lambda X, W, a: (X, W.float(), a), ValueError, "W is torch.float32 on cpu, X is torch.float64"),
-        (lambda X, W, a: (X, W[:, :2], a), ValueError, r"W has shape \(2, 2, 50\); \(3, m\) or \(S, 3, m\)"),
-        (lambda X, W, a: (X, W / 0, a), ValueError, "W holds NaN or infinity"),
-        (lambda X, W, a: (X, W, a[:, :4]), ValueError, r"signs has shape \(2, 4\)"),
+        (lambda X, W, a: (X, W[:, :2], a), ValueError, r"W has shape \(2, 2, 50\); \(..., d, m\) with d = 3"),
+        (lambda X, W, a: (X, W / 0, a), ValueError, "finite numbers are needed"),
+        (lambda X, W, a: (X, W, a[:, :4]), ValueError, r"signs has shape \(2, 4\); \(..., m\) with m = 50"),
         (lambda X, W, a: (X, W, 2 * a), ValueError, "every sign must be"),
         (lambda X, W, a: (X, W, 0 * a), ValueError, r"signs holds -?0.0"),
+        (lambda X, W, a: (X, W, a[:1].expand(3, -1)), ValueError, r"signs has shape \(3, 50\)"),
+        (lambda X, W, a: (X, W[None], a), ValueError, r"W has shape \(1, 2, 3, 50\)"),
+        (lambda X, W, a: (X, W, a, 0), ValueError, "chunk is 0; at least one neuron"),
     ],
 )
 def test_bad_layers_are_refused(unchecked, change, error, text):
     X, W, signs, _ = problem()
     with pytest.raises(error, match=text):
-        first_layer.check_layer(*change(X, W, signs))
+        first_layer.forward(*change(X, W, signs))
 
 
 def test_one_network_gets_its_ensemble_axis():
@@ -118,8 +122,28 @@ def test_one_network_gets_its_ensemble_axis():
     assert first_layer.check_layer(X, W, signs[0])[1].shape == (2, 50)
 
 
-def test_finite_numbers_may_overflow_their_sum():
-    assert first_layer.finite(torch.full((2, 3), 1e308, dtype=torch.float64))
-    for bad in (math.nan, math.inf, -math.inf):
-        assert not first_layer.finite(torch.tensor([1.0, bad, 2.0]))
-    assert not first_layer.finite(torch.tensor([math.inf, -math.inf]))
+def test_empirical_gram_is_that_of_the_jacobian_and_tends_to_the_kernel():
+    g = torch.Generator().manual_seed(3)
+    X = torch.randn(6, 4, generator=g, dtype=torch.float64)
+    W = torch.randn(2, 4, 30, generator=g, dtype=torch.float64)
+    signs = torch.ones(30, dtype=torch.float64)
+    signs[::3] = -1
+    for s in range(2):
+        J = layer_jacobian(X, W[s], signs)
+        torch.testing.assert_close(first_layer.empirical_gram(X, W[s]), J @ J.T)
+    torch.testing.assert_close(first_layer.empirical_gram(X, W)[1], first_layer.empirical_gram(X, W[1]))
+    wide = torch.randn(4, 400_000, generator=g, dtype=torch.float64)
+    error = first_layer.empirical_gram(X, wide) - kernels.relu_ntk(X)
+    # five standard deviations of a mean of 400,000 terms of size at most |x_i||x_j|
+    assert error.abs().max() < 5 * X.square().sum(1).max() / 400_000**0.5
+
+
+def test_empirical_gram_refuses_what_does_not_fit(unchecked):
+    X, W = torch.randn(5, 3), torch.randn(3, 8)
+    for bad, text in (
+        (W.double(), "torch.float32"),
+        (W[:2], r"\(\*S, d, m\) with d = 3"),
+        (W / 0, "finite numbers are needed"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            first_layer.empirical_gram(X, bad)

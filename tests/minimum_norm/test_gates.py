@@ -19,11 +19,13 @@ def layer(N=5, d=3, m=60, S=2, seed=0, kappa=1.0):
 @given(seed=st.integers(0, 500), Q=st.floats(0.01, 5))
 def test_fragile_counts_are_the_sets_of_the_theorem(seed, Q):
     X, W = layer(seed=seed)
-    m = W.shape[2]
-    counts = gates.fragile_counts(X, W, torch.tensor([Q, 2 * Q], dtype=torch.float64))
+    p = gates.Problem.of(
+        X, torch.zeros(2, 5).double(), W, torch.ones(2, 60).double(), torch.ones(2).double(), "measured"
+    )
+    counts = gates.fragile_counts(X, W, p.tau(torch.tensor([Q, 2 * Q], dtype=torch.float64)))
     for s, q in enumerate((Q, 2 * Q)):
         Z = X @ W[s]
-        A, tau = Z > 0, torch.linalg.vector_norm(X @ X.T, dim=1) * q / math.sqrt(m)
+        A, tau = Z > 0, torch.linalg.vector_norm(X @ X.T, dim=1) * q / math.sqrt(60)
         fragile = Z.abs() <= tau[:, None]
         for i in range(len(X)):
             for j in range(len(X)):
@@ -43,12 +45,12 @@ def test_fragile_counts_are_the_sets_of_the_theorem(seed, Q):
                 assert (counts.on + counts.off)[s, i, j] / 2 == halves
 
 
-def test_unsure_signs_are_fragile():
+def test_the_edges_of_the_fragile_sets():
     X, W = layer(S=1)
     W[0, :, 7] = 0.0
-    exact = gates.fragile_counts(X, W, torch.zeros(1, dtype=torch.float64), rounding=1e-12)
+    exact = gates.fragile_counts(X, W, torch.zeros(1, 5, dtype=torch.float64))  # |z| <= 0 counts
     assert torch.equal(exact.both[0], torch.ones(5, 5, dtype=torch.int64))
-    everything = gates.fragile_counts(X, W, torch.zeros(1, dtype=torch.float64), rounding=10.0)
+    everything = gates.fragile_counts(X, W, (X @ W).abs().amax(2))  # the largest one counts too
     assert bool((everything.both == 60).all())
     assert bool((everything.off == 0).all())
 
@@ -65,20 +67,18 @@ def test_path_length_bounds_the_sum_tightly(seed, slow):
 
 
 @pytest.mark.parametrize("reference", ["gate", "midpoint"])
-@pytest.mark.parametrize("certified", [False, True])
-def test_a_closed_loop_stays_closed_when_everything_is_rebuilt_from_its_q(reference, certified):
+@pytest.mark.parametrize("level", ["measured", "certified"])
+def test_a_closed_loop_stays_closed_when_everything_is_rebuilt_from_its_q(reference, level):
     X, W = layer(N=4, m=200, S=1, kappa=300.0)
-    W, e = torch.cat([W, W], 2), torch.ones(1, 4, dtype=torch.float64)
-    A = (X @ W > 0).double()
-    gram = (X @ X.T) * (A @ A.mT) / 400
-    p = gates.Problem(X, W, e, torch.full((1,), 2.0).double() + 1e-9, torch.full((1,), 0.01).double(), gram, certified)
-    loop = gates.close_loop(p, reference)
+    W, signs = torch.cat([W, W], 2), torch.cat([torch.ones(1, 200), -torch.ones(1, 200)], 1).double()
+    arguments = (X, torch.ones(1, 4).double(), W, signs, torch.full((1,), 0.01).double())
+    loop = gates.close_loop(gates.Problem.of(*arguments, level), reference)
     assert bool(loop.closed)
     assert float(loop.Q_star) <= float(loop.Q)
-    again = gates.fragile_counts(X, W, loop.Q_star)
+    again = gates.fragile_counts(X, W, torch.linalg.vector_norm(X @ X.T, dim=1) * loop.Q_star[:, None] / 20)
     F = (X @ X.T).abs() * (again.on - again.off) / 400
     eps = float(torch.linalg.eigvalsh(F)[0, -1]) * (0.5 if reference == "midpoint" else 1)
     assert eps <= float(loop.eps) * (1 + 1e-9)
     # the certified loop is the weaker statement
-    plain = gates.close_loop(p._replace(certified=False), reference)
+    plain = gates.close_loop(gates.Problem.of(*arguments, "measured"), reference)
     assert float(plain.Q_star) <= float(loop.Q_star) * (1 + 1e-9)

@@ -235,13 +235,13 @@ def cases(X, y, W0, a):
         "duplicate": ((double, y, W0, a), ValueError, r"positively parallel rows \(1, 3\)"),
         "antipodal": ((square, eight, W0[:, :2], a), ValueError, r"dependent antipodal pairs \(0, 4\)"),
         "narrow": ((X, y, W0[:, :, :1], a[:, :1]), ValueError, r"m d = 1 x 3 weights for N = 4"),
-        "float32": ((X.float(), y.float(), W0.float(), a.float()), TypeError, "need float64"),
+        "float32": ((X.float(), y.float(), W0.float(), a.float()), TypeError, "float64"),
         "integer": ((X.long(), y, W0, a), TypeError, "X has dtype torch.int64"),
-        "integer y": ((X, y.long(), W0, a), TypeError, "y is torch.int64"),
-        "list": ((X, y.tolist(), W0, a), TypeError, "y is list"),
-        "NaN": ((X, y / 0 * 0, W0, a), ValueError, "y holds NaN"),
+        "integer y": ((X, y.long(), W0, a), TypeError, "y has dtype torch.int64"),
+        "list": ((X, y.tolist(), W0, a), TypeError, "y is a list"),
+        "NaN": ((X, y / 0 * 0, W0, a), ValueError, r"y\[0\] is nan"),
         "NaN X": ((X * torch.nan, y, W0, a), ValueError, r"X\[0, 0\] is nan"),
-        "NaN W": ((X, y, W0 * torch.nan, a), ValueError, "W holds NaN"),
+        "NaN W": ((X, y, W0 * torch.nan, a), ValueError, r"W0\[0, 0, 0\] is nan"),
         "shape": ((X, y[:3], W0, a), ValueError, r"y has shape \(3,\); \(4,\)"),
         "signs": ((X, y, W0, a * 0.5), ValueError, "every sign must be"),
         "zero": ((X * torch.tensor([[1.0], [0], [1], [1]]), y, W0, a), ValueError, r"zero rows 1"),
@@ -276,19 +276,19 @@ def test_independent_antipodal_inputs_are_named_and_solved():
 def test_steps_must_be_positive(unchecked, step):
     X, y, W0, signs = wide_layer(1)
     for call in (lambda: mn.train(X, y, W0, signs, step, 3), lambda: mn.certify(X, y, W0, signs, step=step)):
-        with pytest.raises(ValueError, match="a positive finite number"):
+        with pytest.raises(ValueError, match="finite number"):
             call()
 
 
 def test_other_arguments_out_of_range(unchecked):
     X, y, W0, signs = wide_layer(1)
-    with pytest.raises(TypeError, match="step is str"):
+    with pytest.raises(TypeError, match=r"step is '0\.1'; a number"):
         mn.train(X, y, W0, signs, "0.1", 3)
     with pytest.raises(ValueError, match="reference is 'both'"):
         mn.certify(X, y, W0, signs, step=0.1, reference="both")
     with pytest.raises(ValueError, match="level is 'sure'"):
         mn.certify(X, y, W0, signs, step=0.1, level="sure")
-    with pytest.raises(ValueError, match=r"W has shape \(1, 3, 32\), W0 has \(1, 3, 64\)"):
+    with pytest.raises(ValueError, match=r"W has shape \(1, 3, 32\); \(..., d, m\) with m = 64, as in W0"):
         mn.certify_after(X, y, W0, signs, W0[:, :, :32], step=0.1)
     with pytest.raises(ValueError, match="even m for mirrored pairs"):
         mn.initialize(3, 5)

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -148,6 +149,14 @@ def wheel(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory) -> Machine:
     return Machine(tmp_path_factory.mktemp("colab"))
+
+
+@pytest.mark.xdist_group("colab-controls")
+def test_the_wheel_holds_the_whole_package(wheel):
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("companion/")}
+    files = (path for path in (address.ROOT / "companion").rglob("*") if path.is_file() and path.suffix != ".pyc")
+    assert held == {path.relative_to(address.ROOT).as_posix() for path in files}
+    assert any(name.startswith("companion/lab/stored/") for name in held)
 
 
 def _lessons():

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 import tomllib
 
 import nbformat
@@ -9,6 +10,8 @@ import pytest
 from course import address, lessons
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+import companion
 
 ROOT = address.ROOT
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))["project"]
@@ -133,3 +136,13 @@ def test_versions_and_licence_agree():
     assert re.search(r"^version: (.*)$", citation, re.MULTILINE)[1] == PROJECT["version"]
     assert re.search(r"^license: (.*)$", citation, re.MULTILINE)[1] == PROJECT["license"]
     assert re.search(r'^repository-code: "?(.*?)"?$', citation, re.MULTILINE)[1] == address.repository()
+
+
+def test_every_door_opens_when_it_is_named():
+    script = "import companion as c; print(all(getattr(c, name) for name in c._DOORS), sorted(c._DOORS))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    folder = ROOT / "companion"
+    doors = sorted(p.stem for p in folder.iterdir() if p.stem[0] not in "_." and (p.suffix == ".py" or p.is_dir()))
+    assert done.stdout.strip() == f"True {doors}"
+    with pytest.raises(AttributeError, match="module 'companion' has no attribute 'wide'"):
+        _ = companion.wide

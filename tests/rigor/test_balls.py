@@ -64,7 +64,7 @@ def dense_case(g, kind):
         sum((arb(w) * v for w, v in zip(row, x[0], strict=True)), arb(c))
         for row, c in zip(W.tolist(), b.tolist(), strict=True)
     ]
-    return rigor.dense_ball(h, D, W, b), exact
+    return balls.dense_ball(h, D, W, b), exact
 
 
 def conv_case(g, kind):
@@ -72,7 +72,7 @@ def conv_case(g, kind):
     h, D, x = hostile_ball((1, 2, 4, 3), g, kind)
     W = hostile_numbers((2, 2 // groups, 2, 2), g, "plain" if kind == "huge" else kind)
     b = hostile_numbers((2,), g, kind)
-    ball = rigor.conv2d_ball(h, D, W, b, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    ball = balls.conv2d_ball(h, D, W, b, stride=stride, padding=padding, dilation=dilation, groups=groups)
     rows, columns = ball[0].shape[2:]
     exact = []
     for out, i, j in itertools.product(range(2), range(rows), range(columns)):
@@ -93,18 +93,18 @@ def batchnorm_case(g, kind):
     v, eps = hostile_numbers((3,), g, "wide").abs(), 10.0 ** -float(torch.randint(2, 12, (), generator=g))
     columns = zip(x[0], mu.tolist(), v.tolist(), gain.tolist(), b.tolist(), strict=True)
     exact = [arb(a) * (y - arb(m)) / (arb(w) + arb(eps)).sqrt() + arb(c) for y, m, w, a, c in columns]
-    return rigor.batchnorm_ball(h, D, mu, v, gain, b, eps), exact
+    return balls.batchnorm_ball(h, D, mu, v, gain, b, eps), exact
 
 
 def add_case(g, kind):
     (h, D, x), (k, E, y) = hostile_ball((1, 4), g, kind), hostile_ball((1, 4), g, kind)
-    return rigor.add_ball(h, D, k, E), [a + b for a, b in zip(x[0], y[0], strict=True)]
+    return balls.add_ball(h, D, k, E), [a + b for a, b in zip(x[0], y[0], strict=True)]
 
 
 def avgpool_case(g, kind):
     h, D, x = hostile_ball((1, 1, 2, 3), g, kind)
     flat = [v for row in x[0][0] for v in row]
-    return rigor.avgpool_ball(h, D, torch.nn.AdaptiveAvgPool2d(1), 6), [sum(flat, arb(0.0)) / 6]
+    return balls.avgpool_ball(h, D, torch.nn.AdaptiveAvgPool2d(1), 6), [sum(flat, arb(0.0)) / 6]
 
 
 def pointwise_case(ball, exact):
@@ -122,13 +122,13 @@ def true_max(a, b):
 def maxpool_case(g, kind):
     h, D, x = hostile_ball((1, 1, 2, 2), g, kind)
     (a, b), (c, d) = x[0][0]
-    return rigor.maxpool_ball(h, D, torch.nn.MaxPool2d(2)), [true_max(true_max(a, b), true_max(c, d))]
+    return balls.maxpool_ball(h, D, torch.nn.MaxPool2d(2)), [true_max(true_max(a, b), true_max(c, d))]
 
 
 def softplus_case(g, kind):
     beta = 10.0 ** float(torch.randint(-2, 3, (), generator=g))
     case = pointwise_case(
-        lambda h, D: rigor.softplus_ball(h, D, beta), lambda v: (1 + (arb(beta) * v).exp()).log() / arb(beta)
+        lambda h, D: balls.softplus_ball(h, D, beta), lambda v: (1 + (arb(beta) * v).exp()).log() / arb(beta)
     )
     return case(g, "plain" if kind in ("wide", "mixed", "huge") else kind)
 
@@ -140,9 +140,9 @@ CASES = {
     "add": add_case,
     "avgpool": avgpool_case,
     "maxpool": maxpool_case,
-    "relu": pointwise_case(lambda h, D: rigor.relu_ball(h, D), lambda v: true_max(v, arb(0.0))),
-    "tanh": pointwise_case(lambda h, D: rigor.tanh_ball(h, D), lambda v: v.tanh()),
-    "sigmoid": pointwise_case(lambda h, D: rigor.sigmoid_ball(h, D), lambda v: 1 / (1 + (-v).exp())),
+    "relu": pointwise_case(lambda h, D: balls.relu_ball(h, D), lambda v: true_max(v, arb(0.0))),
+    "tanh": pointwise_case(lambda h, D: balls.tanh_ball(h, D), lambda v: v.tanh()),
+    "sigmoid": pointwise_case(lambda h, D: balls.sigmoid_ball(h, D), lambda v: 1 / (1 + (-v).exp())),
     "softplus": softplus_case,
 }
 RULES = [name for name in dir(balls) if name.endswith("_ball") and name != "check_ball"]
@@ -186,7 +186,7 @@ def test_balls_enclose_where_small_numbers_are_flushed(monkeypatch, name):
         return layer
 
     for rule in RULES:
-        monkeypatch.setattr(rigor, rule, flushed(getattr(balls, rule)))
+        monkeypatch.setattr(balls, rule, flushed(getattr(balls, rule)))
     assert violations(CASES[name], [*range(2, 1500, 5), *range(4, 1500, 5)]) == 0  # the kinds "tiny" and "mixed"
     assert sum(subnormal) > 50
 
@@ -217,12 +217,12 @@ def test_a_ball_without_underflow_is_caught(monkeypatch, layer):
 def test_balls_are_not_far_larger_than_needed():
     h, W, b = gaussian(50, 30, 1), gaussian(20, 30, 2), gaussian(1, 20, 3)[0]
     D = torch.full_like(h, 1e-6)
-    value, radius = rigor.dense_ball(h, D, W, b)
+    value, radius = balls.dense_ball(h, D, W, b)
     assert torch.equal(value, h @ W.T + b)
     assert (radius <= 1e-6 * W.abs().sum(dim=1) * (1 + 1e-5)).all()  # a corner of the box reaches it
     corner = (h[:, None, :] + D[0] * W.sign()) * W
     assert ((corner.sum(dim=2) + b - value) >= radius * (1 - 1e-5)).all()
-    value, radius = rigor.dense_ball(h, 0 * D, W)
+    value, radius = balls.dense_ball(h, 0 * D, W)
     assert radius.max() < 33 * 2.0**-53 * (h.abs() @ W.abs().T).max()
 
 
@@ -230,12 +230,12 @@ def test_convolution_is_the_library_s():
     h, W = gaussian(3 * 4 * 7, 5, 1).reshape(3, 4, 7, 5), gaussian(6, 2 * 3 * 2, 2).reshape(6, 2, 3, 2)
     b, zero = gaussian(1, 6, 3)[0], torch.zeros_like(h)
     for options in ({}, {"stride": (2, 1), "padding": (1, 2)}, {"dilation": 2, "padding": 2}):
-        value, radius = rigor.conv2d_ball(h, zero, W, b, groups=2, **options)
+        value, radius = balls.conv2d_ball(h, zero, W, b, groups=2, **options)
         library = torch.nn.functional.conv2d(h, W, b, groups=2, **options)
         torch.testing.assert_close(value, library, rtol=1e-13, atol=1e-13)
         assert (radius < 1e-13).all()
-        single = rigor.conv2d_ball(h, zero, W.float(), b.float(), groups=2, **options)
-        double = rigor.conv2d_ball(h, zero, W.float().double(), b.float().double(), groups=2, **options)
+        single = balls.conv2d_ball(h, zero, W.float(), b.float(), groups=2, **options)
+        double = balls.conv2d_ball(h, zero, W.float().double(), b.float().double(), groups=2, **options)
         assert torch.equal(single[0], double[0])
 
 
@@ -243,12 +243,12 @@ def test_convolution_is_the_library_s():
 def test_clipped_softplus_and_its_jump(threshold):
     x = torch.linspace(-80, 80, 4001, dtype=torch.float64)
     for beta in (0.5, 1.0, 10.0):
-        value, radius = rigor.softplus_ball(x, torch.zeros_like(x), beta, threshold)
+        value, radius = balls.softplus_ball(x, torch.zeros_like(x), beta, threshold)
         clipped = torch.nn.functional.softplus(x, beta, threshold)
         assert ((value - clipped).abs() <= radius).all()
         jump = math.log1p(math.exp(-threshold)) / beta
         assert radius.max() <= jump * (1 + 1e-6) + 1e-13
-        analytic = rigor.softplus_ball(x, torch.zeros_like(x), beta)[1]
+        analytic = balls.softplus_ball(x, torch.zeros_like(x), beta)[1]
         assert not ((value - clipped).abs() <= analytic).all()  # the jump is real
     if threshold == 20.0:
         assert math.log1p(math.exp(-20.0)) == pytest.approx(2.06e-9, rel=1e-3)
@@ -256,16 +256,16 @@ def test_clipped_softplus_and_its_jump(threshold):
 
 FOUR = torch.ones(1, 2, 2, 2, dtype=torch.float64)
 LAYERS = (
-    lambda h, D: rigor.dense_ball(h, D, GOOD),
-    lambda h, D: rigor.batchnorm_ball(h, D, torch.zeros(2), torch.ones(2)),
-    lambda h, D: rigor.add_ball(h, D, GOOD, GOOD),
-    lambda h, D: rigor.add_ball(GOOD, GOOD, h, D),
-    lambda h, D: rigor.avgpool_ball(h, D, torch.nn.Identity(), 1),
-    lambda h, D: rigor.maxpool_ball(h, D, torch.nn.Identity()),
-    rigor.relu_ball,
-    rigor.tanh_ball,
-    rigor.sigmoid_ball,
-    rigor.softplus_ball,
+    lambda h, D: balls.dense_ball(h, D, GOOD),
+    lambda h, D: balls.batchnorm_ball(h, D, torch.zeros(2), torch.ones(2)),
+    lambda h, D: balls.add_ball(h, D, GOOD, GOOD),
+    lambda h, D: balls.add_ball(GOOD, GOOD, h, D),
+    lambda h, D: balls.avgpool_ball(h, D, torch.nn.Identity(), 1),
+    lambda h, D: balls.maxpool_ball(h, D, torch.nn.Identity()),
+    balls.relu_ball,
+    balls.tanh_ball,
+    balls.sigmoid_ball,
+    balls.softplus_ball,
 )
 
 
@@ -292,24 +292,24 @@ def test_bad_balls(unchecked, layer, h, D, error, message):
 def test_bad_layers(unchecked):
     zero = torch.zeros_like(GOOD)
     with pytest.raises(ValueError, match=r"weight is torch.int64 or holds NaN or infinity"):
-        rigor.dense_ball(GOOD, zero, GOOD.long())
+        balls.dense_ball(GOOD, zero, GOOD.long())
     with pytest.raises(ValueError, match=r"bias is torch.float64 or holds NaN or infinity"):
-        rigor.dense_ball(GOOD, zero, GOOD, GOOD[0] * math.inf)
+        balls.dense_ball(GOOD, zero, GOOD, GOOD[0] * math.inf)
     with pytest.raises(ValueError, match=r"value has shape \(1, 2, 2, 2\); 2 axes"):
-        rigor.dense_ball(FOUR, 0 * FOUR, GOOD)
+        balls.dense_ball(FOUR, 0 * FOUR, GOOD)
     with pytest.raises(ValueError, match=r"value has shape \(2, 2\); 4 axes"):
-        rigor.conv2d_ball(GOOD, zero, FOUR)
+        balls.conv2d_ball(GOOD, zero, FOUR)
     with pytest.raises(ValueError, match=r"weight has shape \(1, 2, 2, 2\) with groups 2; value has 2 channels"):
-        rigor.conv2d_ball(FOUR, 0 * FOUR, FOUR, groups=2)
+        balls.conv2d_ball(FOUR, 0 * FOUR, FOUR, groups=2)
     with pytest.raises(ValueError, match=r"var \+ eps is -1.0 somewhere; a positive number is needed"):
-        rigor.batchnorm_ball(GOOD, zero, GOOD[0], torch.tensor([-1.0, 1.0]).double(), eps=0.0)
+        balls.batchnorm_ball(GOOD, zero, GOOD[0], torch.tensor([-1.0, 1.0]).double(), eps=0.0)
     with pytest.raises(ValueError, match=r"value has shape \(2, 2\), other \(2, 1\); equal shapes are needed"):
-        rigor.add_ball(GOOD, zero, GOOD[:, :1], zero[:, :1])
+        balls.add_ball(GOOD, zero, GOOD[:, :1], zero[:, :1])
     with pytest.raises(ValueError, match="the layer sums 4194304 terms; fewer than 2\\^22 are needed"):
-        rigor.avgpool_ball(GOOD, zero, torch.nn.Identity(), 2**22)
+        balls.avgpool_ball(GOOD, zero, torch.nn.Identity(), 2**22)
     for beta in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match=r"beta is .*; a positive finite number is needed"):
-            rigor.softplus_ball(GOOD, zero, beta)
+            balls.softplus_ball(GOOD, zero, beta)
 
 
 # --- Global settings --------------------------------------------------------------------------------------------------
@@ -323,12 +323,12 @@ def answers():
     h, W, D = DATA
     x = rigor.point(h)
     parts = [
-        *rigor.dense_ball(h, D, W),
-        *rigor.tanh_ball(h, D),
-        *rigor.softplus_ball(h, D, 2.0, 20.0),
-        *rigor.sigmoid_ball(h, D),
-        *rigor.batchnorm_ball(h, D, h[0], h[1].abs()),
-        *rigor.avgpool_ball(h, D, torch.nn.Identity(), 1),
+        *balls.dense_ball(h, D, W),
+        *balls.tanh_ball(h, D),
+        *balls.softplus_ball(h, D, 2.0, 20.0),
+        *balls.sigmoid_ball(h, D),
+        *balls.batchnorm_ball(h, D, h[0], h[1].abs()),
+        *balls.avgpool_ball(h, D, torch.nn.Identity(), 1),
     ]
     for f in (x.exp(), 1 / x, x**3, abs(x).log(), x.tanh(), x * 0.5, x + rigor.point(0.1), x.sum(1), x.maximum(0)):
         parts += [f.lo, f.hi]

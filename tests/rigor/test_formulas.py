@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from companion.rigor import formulas
-from companion.rigor.formulas import at_most, below, every, lower, maximum, minimum, number, root_between, upper
+from companion.rigor.formulas import lower, maximum, minimum, number, upper
 from companion.rigor.intervals import Interval, point
 
 F64 = torch.float64
@@ -17,7 +17,7 @@ positive = st.floats(1e-3, 1e3)
 
 
 def theorem_c(w, phi, alpha_0, R_0, C, epsilon):
-    """Theorem C as the docstring of `formulas` has it."""
+    """Theorem C: alpha, the rate, and how far the radii C are above those that are needed."""
     bar = [w_l + C_l for w_l, C_l in zip(w, C, strict=True)]
     d, phi_bar = 0, [phi[0]]
     for l in range(len(w) - 1):
@@ -27,7 +27,11 @@ def theorem_c(w, phi, alpha_0, R_0, C, epsilon):
     alpha = alpha_0 - d
     rho = (1 - epsilon) * alpha**2 - sum(x**2 for x in g)
     T = [x * R_0 / rho for x in (*g, alpha)]
-    return below(0, alpha) & below(0, rho) & every(at_most(t, c) for t, c in zip(T, C, strict=True)), rho, T
+    return alpha, rho, [c - t for t, c in zip(T, C, strict=True)]
+
+
+def holds(alpha, rho, room):
+    return lower(alpha) > 0 and lower(rho) > 0 and min(map(lower, room)) >= 0
 
 
 def at(level, *parts):
@@ -39,44 +43,44 @@ def test_theorem_c_at_three_levels(w, phi, alpha_0, R_0):
     C = [t / 1000 for t in w]
     data = (w, phi, 10 * alpha_0, R_0 / 1e4, C, 0.25)
     measured, certified, exact = (theorem_c(*at(level, *data)) for level in ("measured", "certified", "exact"))
-    for m, c, e in zip([measured[1], *measured[2]], [certified[1], *certified[2]], [exact[1], *exact[2]], strict=True):
+    flat = ([alpha, rho, *room] for alpha, rho, room in (measured, certified, exact))
+    for m, c, e in zip(*flat, strict=True):
         if not math.isnan(lower(c)):  # a rate of unknown sign divides
             assert Fraction(lower(c)) <= e <= Fraction(upper(c))
             assert lower(c) <= upper(m) <= upper(c) or math.isinf(upper(m))
-    assert bool(exact[0]) or not bool(certified[0])
+    assert holds(*exact) or not holds(*certified)
 
 
 def test_theorem_c_holds_somewhere_and_is_sharp():
     data = ([1.0, 2.0], [1.0, 3.0], 100.0, 1.0, [0.01, 0.5], 0.25)
     measured, certified, exact = (theorem_c(*at(level, *data)) for level in ("measured", "certified", "exact"))
-    assert bool(measured[0])
-    assert bool(certified[0])
-    assert exact[0] is True
+    assert holds(*measured)
+    assert holds(*certified)
+    assert holds(*exact)
     assert upper(certified[1]) / lower(certified[1]) - 1 < 1e-14
     touching = ([0.0], [1.0], 2.0, 1.0, [0.5 / 0.75], 0.25)  # T = 1 / (0.75 * 2), against C = 0.666...
-    assert theorem_c(*at("exact", *touching))[0] is (Fraction(2, 3) <= Fraction(0.5 / 0.75))
-    assert not bool(theorem_c(*at("certified", *touching))[0])
+    assert holds(*theorem_c(*at("exact", *touching))) is (Fraction(2, 3) <= Fraction(0.5 / 0.75))
+    assert not holds(*theorem_c(*at("certified", *touching)))
 
 
 def test_a_batch_is_answered_at_once():
-    w = torch.tensor([1.0, 1.0], dtype=F64)
-    alpha_0 = torch.tensor([100.0, 0.1], dtype=F64)
+    w = torch.tensor([1.0, 1.5], dtype=F64)
+    batch = ([w, 2 * w], [w, 3 * w], 100 * w, w, [0.01 * w, 0.5 * w], 0.25)
+    one = [[t[1] for t in part] if isinstance(part, list) else part for part in batch]
+    one[2:4] = batch[2][1], batch[3][1]
     for level in ("measured", "certified"):
-        holds, _, _ = theorem_c(*at(level, [w, 2 * w], [w, 3 * w], alpha_0, w, [0.01 * w, 0.5 * w], 0.25 * w))
-        assert holds.tolist() == [True, False]
+        rates, rate = theorem_c(*at(level, *batch))[1], theorem_c(*at(level, *one))[1]
+        assert lower(rates[1]) == lower(rate) > 0
+        assert lower(rates[0]) != lower(rate)
 
 
-@given(st.fractions(0, 1000), st.integers(0, 80))
-def test_the_root_of_a_fraction_lies_between(x, places):
-    low, high = root_between(x, places)
-    assert low**2 <= x <= high**2
-    assert high - low in (0, Fraction(1, x.denominator << places))
-    assert root_between(x * x, 0) == (x, x)
+@given(st.fractions(0, 1000))
+def test_roots_of_squares(x):
     assert formulas.sqrt(x * x) == x
 
 
 def test_functions_agree_on_their_common_numbers():
-    for name in ("exp", "expm1", "log", "log1p", "tanh", "sqrt"):
+    for name in ("exp", "expm1", "log", "sqrt"):
         function = getattr(formulas, name)
         exact = Fraction(1) if name in ("log", "sqrt") else Fraction(0)
         measured, certified = function(number(exact, "measured")), function(number(exact, "certified"))
@@ -91,7 +95,7 @@ def test_functions_agree_on_their_common_numbers():
         formulas.sqrt(Fraction(-1))
 
 
-def test_larger_smaller_and_comparisons():
+def test_larger_and_smaller():
     x, y = number(1.5, "measured"), number(2.5, "measured")
     assert float(maximum(x, y)) == 2.5
     assert float(minimum(x, 1)) == 1.0
@@ -101,16 +105,8 @@ def test_larger_smaller_and_comparisons():
     wide = Interval(torch.tensor(1.0, dtype=F64), torch.tensor(2.0, dtype=F64))
     assert float(maximum(wide, Fraction(3, 2)).lo) == 1.5
     assert float(minimum(3, wide).hi) == 2.0
-    assert not bool(below(wide, 2))
-    assert bool(at_most(wide, 2))
-    assert bool(below(0, wide))
-    assert not bool(below(1, wide))
-    assert bool(at_most(1, wide))
-    assert below(Fraction(1, 3), Fraction(1, 2))
-    assert bool(below(x, y))
     with pytest.raises(TypeError):
         wide < 3  # noqa: B015
-    assert every([]) is True
 
 
 def test_numbers_and_floats_outside_a_fraction(unchecked):

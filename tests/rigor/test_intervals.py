@@ -141,9 +141,6 @@ def test_quotients_powers_and_choices_contain_every_result(first, second, n):
         assert n % 2 or (x**n).lo.item() >= 0
     assert holds(abs(x), abs(p))
     assert holds(x.maximum(y), max(p, q))
-    assert holds(x.minimum(y), min(p, q))
-    assert bool(x.below(y)) is (b < c)
-    assert bool(x.at_most(y)) is (b <= c)
 
 
 @given(points_of_intervals(1e-3, 1e3), st.integers(1, 6))
@@ -187,7 +184,7 @@ def test_fractions_of_any_size_lie_in_their_point(value):
 def test_numbers_beside_an_interval():
     x = interval(1.0, 1.0)
     for exact in (3, -0.75, 2.5, Fraction(1, 3), torch.tensor([0.1, 7.0], dtype=F64)):
-        assert bool((x * exact).below(1e6).all())
+        assert bool(((x * exact).hi < 1e6).all())
     assert holds(x * Fraction(1, 10), Fraction(1, 10))
     assert (torch.tensor(2.0, dtype=F64) * x).hi.item() >= 2
     for wrong in (0.1, 1e-3, math.pi):
@@ -249,11 +246,11 @@ torch.set_num_threads(2)
 if torch.set_flush_denormal(True):
     torch.ones(100_000).mul(2)  # the workers start flushing
     torch.set_flush_denormal(False)
-    from companion import rigor
+    from companion.rigor import balls, point
     v, w, z = (torch.full((100_000,), t, dtype=torch.float64) for t in (1.5 * 2.0**-1022, -(2.0**-1022), 0.0))
-    value, radius = rigor.add_ball(v, z, w, z)  # the truth is 2^-1023
+    value, radius = balls.add_ball(v, z, w, z)  # the truth is 2^-1023
     assert bool((value - 2.0**-1023 <= radius).all() and (2.0**-1023 - value <= radius).all())
-    both = rigor.point(v) + rigor.point(w)
+    both = point(v) + point(w)
     assert bool((both.lo <= 2.0**-1023).all() and (both.hi >= 2.0**-1023).all())
     print("flushed", int((value == 0).sum()) > 0)
 """

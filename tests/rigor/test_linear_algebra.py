@@ -13,6 +13,7 @@ from oracles import (
     conditioned,
     exact_product,
     flushing,
+    fractions,
     frobenius_square,
     gaussian,
     gram,
@@ -295,8 +296,8 @@ def test_norms_are_never_below(A):
 
 
 def assert_encloses(A, B):
-    exact, computed = exact_product(A, B), rigor.to_fractions(A @ B)
-    radius = rigor.to_fractions(rigor.product_radius(A, B))
+    exact, computed = exact_product(A, B), fractions(A @ B)
+    radius = fractions(rigor.product_radius(A, B))
     total = Fraction(0)
     for i, j in itertools.product(range(len(exact)), range(len(exact[0]))):
         error = abs(computed[i][j] - exact[i][j])
@@ -379,7 +380,7 @@ ONE_ARGUMENT = (
     rigor.sigma_min_lower,
     rigor.spectral_norm_upper,
     rigor.frobenius_norm_upper,
-    rigor.to_fractions,
+    rigor.exact_rank,
     lambda A: rigor.exact_sigma_min_exceeds(A, 0.0),
     lambda A: rigor.product_radius(A, torch.ones(2, 2, dtype=torch.float64)),
     lambda A: rigor.product_error(A, torch.ones(2, 2, dtype=torch.float64)),
@@ -506,7 +507,7 @@ def test_products_hold_where_small_numbers_are_flushed(left, right):
         A, B = gaussian(2, 3, seed) * left, gaussian(3, 2, seed + 50) * right
         with flushing():
             product, radius, error = A @ B, rigor.product_radius(A, B), rigor.product_error(A, B)
-        exact, computed, radius = exact_product(A, B), rigor.to_fractions(product), rigor.to_fractions(radius)
+        exact, computed, radius = exact_product(A, B), fractions(product), fractions(radius)
         total = Fraction(0)
         for i, j in itertools.product(range(2), range(2)):
             assert abs(computed[i][j] - exact[i][j]) <= radius[i][j]

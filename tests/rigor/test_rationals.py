@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import flushing, gaussian, gram, matrix, positive_definite, shifted, singular
+from oracles import flushing, fractions, gaussian, gram, matrix, positive_definite, shifted, singular
 
 from companion import rigor
 from companion.rigor import rationals
@@ -54,10 +54,11 @@ def test_exact_oracle_against_its_twin_and_svd():
     assert answers == {True, False}
 
 
-def test_to_fractions_is_exact():
+def test_whole_numbers_are_the_floats():
     A = matrix([0.1, -2.5, 5e-324], [sys.float_info.max, 0.0, 1 / 3])
-    exact = rigor.to_fractions(A)
-    assert [[float(a) for a in row] for row in exact] == A.tolist()
+    rows, exponent = rationals.whole_numbers(A)
+    exact = [[m * Fraction(2) ** exponent for m in row] for row in rows]
+    assert exact == fractions(A)
     assert exact[0][0] == Fraction(3602879701896397, 2**55) != Fraction(1, 10)
     assert exact[0][2] == Fraction(1, 2**1074)
 
@@ -81,13 +82,11 @@ def test_exact_rank_and_null_space(rank, columns, rows, seed):
         @ torch.randint(-3, 4, (rank, columns), generator=g).double()
     )
     A = A * 2.0 ** torch.randint(-300, 300, (columns,), generator=g).double()
-    reduced = rows_reduced(rigor.to_fractions(A))
+    reduced = rows_reduced(fractions(A))
     assert rigor.exact_rank(A) == reduced
-    basis = rigor.null_space(rigor.to_fractions(A))
+    basis = rigor.null_space(fractions(A))
     assert len(basis) == columns - reduced
-    assert all(
-        sum(a * z for a, z in zip(row, vector, strict=True)) == 0 for row in rigor.to_fractions(A) for vector in basis
-    )
+    assert all(sum(a * z for a, z in zip(row, vector, strict=True)) == 0 for row in fractions(A) for vector in basis)
     assert len(basis) == 0 or rows_reduced(basis) == len(basis)
 
 
@@ -130,8 +129,6 @@ def test_a_shifted_square_root_is_decided_by_minors(M, positive):
     A = torch.linalg.cholesky(
         matrix(*[[float(a + (lift if i == j else 0)) for j, a in enumerate(r)] for i, r in enumerate(M)])
     )
-    exact = [
-        [sum(x * y for x, y in zip(p, q, strict=True)) for q in rigor.to_fractions(A)] for p in rigor.to_fractions(A)
-    ]
+    exact = [[sum(x * y for x, y in zip(p, q, strict=True)) for q in fractions(A)] for p in fractions(A)]
     truth = positive_definite([[a - (lift if i == j else 0) for j, a in enumerate(r)] for i, r in enumerate(exact)])
     assert rigor.exact_sigma_min_exceeds(A, 3.0) is truth

@@ -37,7 +37,7 @@ def test_rounding_steps_by_ulps_and_past_what_is_flushed(x, ulps):
 
 
 def test_rounding_at_the_ends():
-    assert rigor.round_up(0.0) == rigor.TINY == -rigor.round_down(0.0)
+    assert rigor.round_up(0.0) == rounding.TINY == -rigor.round_down(0.0)
     assert rigor.round_up(math.inf) == math.inf
     assert rigor.round_down(math.inf) == sys.float_info.max
     assert rigor.round_down(-math.inf) == -math.inf
