@@ -1,12 +1,13 @@
-"""A hostile search for a false certificate: make attack, or python -m attack (with the folders . and tests on the path).
+"""A hostile search for a false certificate: make attack, or python -m attack with . and tests on the path.
 
 - `arithmetic`: everything that `companion.rigor` exports, against exact rationals and balls of any precision;
 - `certificates`: whole certificates that hold, each against an independent computation of what it promises;
 - `calls`: every public function, one argument at a time replaced by something that does not belong there.
 
-A *trial* is one comparison of a companion number with the truth, *told* counts those that said something (a bound that is
-positive and finite, a certificate that holds), a *violation* is a false one. Each violation is written to _build/attack
-as a JSON file that ``python -m attack --replay FILE`` runs again: floats are hexadecimal, so that nothing is rounded.
+A *trial* is one comparison of a companion number with the truth, *told* counts those that said something (a bound that
+is positive and finite, a certificate that holds), and *false* those that were false.  Such a case is written to
+_build/attack as a JSON file that ``python -m attack --replay FILE`` runs again: its floats are hexadecimal, so that
+nothing is rounded.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Tally:
 
     trials: Counter[str] = field(default_factory=Counter)
     told: Counter[str] = field(default_factory=Counter)
+    false: Counter[str] = field(default_factory=Counter)
     violations: list[dict[str, Any]] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
 
@@ -48,6 +50,7 @@ class Tally:
         self.trials[name] += trials
         self.told[name] += told * trials
         if not right:
+            self.false[name] += 1
             self.wrong.append(f"{name} {what}".strip())
 
 

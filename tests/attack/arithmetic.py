@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from flint import arb, fmpq
+from torch import Tensor
+
 from attack import Arguments, Check, Tally, setting
 from attack.hostile import (
     FINE,
     balls,
     exactly,
-    gram_rows,
     norm_at_most,
     numbers,
     positive_definite,
@@ -26,9 +28,6 @@ from attack.hostile import (
     surely_above,
     tame,
 )
-from flint import arb, fmpq
-from torch import Tensor
-
 from companion import rigor
 
 SHAPES = ((1, 1), (1, 2), (2, 1), (1, 5), (5, 1), (2, 2), (2, 3), (3, 3), (3, 2), (2, 6), (4, 4), (3, 12), (6, 9))
@@ -101,7 +100,9 @@ def see_product(tally: Tally, A: Tensor, B: Tensor, flush: bool) -> None:
 
 def draw_symmetric(rng: np.random.Generator) -> Arguments:
     n = int(rng.integers(1, 6))
-    A = numbers(rng, n, n + int(rng.integers(3)), kind=str(rng.choice(["normal", "near", "identity", "hilbert", "rows"])))
+    A = numbers(
+        rng, n, n + int(rng.integers(3)), kind=str(rng.choice(["normal", "near", "identity", "hilbert", "rows"]))
+    )
     A = tame(A) * 2.0 ** int(rng.integers(-300, 300)) if rng.random() < 0.3 else tame(A)
     size = float((A @ A.T).abs().max())
     radius = torch.from_numpy(rng.random((n, n))) * size * 10.0 ** int(rng.integers(-18, -2))
@@ -154,7 +155,10 @@ def _point(value: Tensor, radius: Tensor, signs: Tensor) -> np.ndarray:
 def draw_layer(rng: np.random.Generator) -> Arguments:
     N, p, m = (int(x) for x in rng.integers(1, (5, 7, 5)))
     more = {"weight": numbers(rng, m, p), "bias": tame(numbers(rng, m), 1e3), "other": numbers(rng, N, p)}
-    more |= {"mean": tame(numbers(rng, p), 1e100), "var": torch.from_numpy(rng.random(p) * 10.0 ** rng.integers(-300, 3))}
+    more |= {
+        "mean": tame(numbers(rng, p), 1e100),
+        "var": torch.from_numpy(rng.random(p) * 10.0 ** rng.integers(-300, 3)),
+    }
     more |= {"gain": tame(numbers(rng, p), 1e3), "eps": float(rng.choice([1e-5, 0.0, 1e-300])), "flush": _flush(rng)}
     return _ball(rng, N, p) | more
 
@@ -229,6 +233,7 @@ def see_image(
     flush: bool,
 ) -> None:  # fmt: skip
     """Convolutions, and both kinds of pooling with windows of two."""
+
     def average(t: Tensor) -> Tensor:
         return F.avg_pool2d(t, 2)
 
@@ -316,7 +321,9 @@ def see_intervals(
         below, at_most = x.below(y).tolist(), x.at_most(y).tolist()
         around = rigor.Interval.around(middle, radius)
     p, q = (_chosen(lo, hi, share) for lo, hi, share in ((a, b, s), (c, d, t)))
-    holds_0, holds_0_y = ([lo <= 0 <= hi for lo, hi in zip(*map(Tensor.tolist, e), strict=True)] for e in ((a, b), (c, d)))
+    holds_0, holds_0_y = (
+        [lo <= 0 <= hi for lo, hi in zip(*map(Tensor.tolist, e), strict=True)] for e in ((a, b), (c, d))
+    )
     one = fmpq(1, 3)
     _held(tally, "interval +", found["+"], [u + v for u, v in zip(p, q, strict=True)])
     _held(tally, "interval -", found["-"], [u - v for u, v in zip(p, q, strict=True)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -10,6 +11,9 @@ from typing import Any
 import mpmath
 import numpy as np
 import torch
+from flint import arb, fmpq
+from torch import Tensor, nn
+
 from attack import Arguments, Check, Tally, training
 from attack.hostile import (
     FINE,
@@ -21,9 +25,6 @@ from attack.hostile import (
     rational_matrix,
 )
 from attack.training import BITS, DTYPES, asked, below, generator, inputs
-from flint import arb, fmpq
-from torch import Tensor, nn
-
 from companion import basins, beyond_ntk
 from companion.networks import Activation
 
@@ -54,9 +55,12 @@ def draw_module(rng: np.random.Generator) -> Arguments:
     widths = [d, *(int(w) for w in rng.integers(1, 8, size=depth)), K]
     g, kind = generator(rng), str(rng.choice(["float32", "float64"]))
     dtype = getattr(torch, kind)
-    pairs = list(zip(widths, widths[1:], strict=False))
+    pairs = list(itertools.pairwise(widths))
     scales = 10.0 ** rng.choice([-8, -2, 0, 0, 0, 1, 3], size=len(pairs))
-    W = [(torch.randn(b, a, generator=g, dtype=torch.float64) * s).to(dtype) for (a, b), s in zip(pairs, scales, strict=True)]
+    W = [
+        (torch.randn(b, a, generator=g, dtype=torch.float64) * s).to(dtype)
+        for (a, b), s in zip(pairs, scales, strict=True)
+    ]
     biases = [torch.randn(b, generator=g, dtype=torch.float64).to(dtype) for _, b in pairs]
     if rng.random() < 0.2:
         biases[0] = -10 * biases[0].abs()  # dead neurons
@@ -122,7 +126,9 @@ def _see_distinct(tally: Tally, weights: list[Tensor], biases: list[Tensor], act
             break
     tally.see("expressivity: inputs of the wide layer differ", all(apart))
     A = torch.randn(*weights[-2].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    h = curved(acts[-1], xi.dot(balls(A / (1 + float(max(abs(float(x.mid())) for x in xi.ravel())))).T) + balls(A[:, 0]))
+    h = curved(
+        acts[-1], xi.dot(balls(A / (1 + float(max(abs(float(x.mid())) for x in xi.ravel())))).T) + balls(A[:, 0])
+    )
     M = np.concatenate([h, np.full((N, 1), arb(1), dtype=object)], axis=1)
     independent = positive_definite(M.dot(M.T))
     tally.see("expressivity: rank N", independent is not False, independent is True)
@@ -222,7 +228,7 @@ def draw_rank(rng: np.random.Generator) -> Arguments:
     widths = [d, *(int(w) for w in rng.integers(max(1, N - 1), N + 4, size=depth)), 1]
     g = generator(rng)
     scale = 10.0 ** rng.choice([-6, -2, 0, 0, 1])
-    W = [torch.randn(a, b, generator=g, dtype=torch.float64) * scale for a, b in zip(widths, widths[1:], strict=False)]
+    W = [torch.randn(a, b, generator=g, dtype=torch.float64) * scale for a, b in itertools.pairwise(widths)]
     if rng.random() < 0.3:
         W[0][:, -1] = W[0][:, 0]
     act = str(rng.choice([a for a in CURVES if a not in ("relu", "step")]))
@@ -246,7 +252,10 @@ def draw_minimum(rng: np.random.Generator) -> Arguments | None:
     act, g = str(rng.choice(["tanh", "sin", "sigmoid", "gauss", "cos"])), generator(rng)
     X = torch.randn(N, D, generator=g, dtype=torch.float64)
     Y = torch.randn(N, 1, generator=g, dtype=torch.float64) * 2
-    start = [2 * torch.randn(24, D, m, generator=g, dtype=torch.float64), torch.randn(24, m, 1, generator=g, dtype=torch.float64)]
+    start = [
+        2 * torch.randn(24, D, m, generator=g, dtype=torch.float64),
+        torch.randn(24, m, 1, generator=g, dtype=torch.float64),
+    ]
     trained = basins.train_lm_newton(start, X, Y, act, iters=60, newton_from=30)
     losses = torch.nan_to_num(trained.loss, nan=math.inf)
     flat, low = trained.gradient < 1e-8, int(losses.argmin())
@@ -263,7 +272,7 @@ def draw_minimum(rng: np.random.Generator) -> Arguments | None:
 def see_minimum(
     tally: Tally, X: Tensor, Y: Tensor, W: Tensor, V: Tensor, other: list[Tensor], act: str, dtype: str
 ) -> None:
-    """A strict minimum: Newton's method in 50 digits stays in the box, the Hessian is positive, the competitor lower."""
+    """Newton's method in 50 digits stays in the box, the Hessian is positive there, and the competitor lower."""
     shown = asked(tally, "strict minimum", dtype, lambda: basins.certify_strict_minimum(
         [W, V], X, Y, act, competitor=other))  # fmt: skip
     for certificate in shown:
@@ -309,9 +318,7 @@ def _loss(theta: list[Any], X: list[list[float]], y: list[float], act: str, m: i
 def _gradient(theta: list[Any], X: list[list[float]], y: list[float], act: str, m: int) -> list[Any]:
     (e, Z), D, v = _residual(theta, X, y, act, m), len(X[0]), theta[m * len(X[0]) :]
     value, slope = _JETS[act]
-    inner = [
-        sum(e[n] * v[j] * slope(Z[n][j]) * X[n][k] for n in range(len(X))) for j in range(m) for k in range(D)
-    ]
+    inner = [sum(e[n] * v[j] * slope(Z[n][j]) * X[n][k] for n in range(len(X))) for j in range(m) for k in range(D)]
     return inner + [sum(e[n] * value(Z[n][j]) for n in range(len(X))) for j in range(m)]
 
 
@@ -345,7 +352,15 @@ def draw_road(rng: np.random.Generator) -> Arguments:
     V = torch.randn(m, K, generator=g, dtype=torch.float64)
     Y = torch.randn(N, K, generator=g, dtype=torch.float64)
     act = str(rng.choice([a for a in CURVES if a != "exp"]))
-    return {"X": X, "Y": Y, "W": W, "V": V, "act": act, "seed": int(rng.integers(100)), "dtype": str(rng.choice(DTYPES))}
+    return {
+        "X": X,
+        "Y": Y,
+        "W": W,
+        "V": V,
+        "act": act,
+        "seed": int(rng.integers(100)),
+        "dtype": str(rng.choice(DTYPES)),
+    }
 
 
 def see_road(tally: Tally, X: Tensor, Y: Tensor, W: Tensor, V: Tensor, act: str, seed: int, dtype: str) -> None:
@@ -359,14 +374,14 @@ def see_road(tally: Tally, X: Tensor, Y: Tensor, W: Tensor, V: Tensor, act: str,
     for certificate in asked(tally, "road", dtype, ask):
         precision(200)
         losses, x, y = [], balls(X), balls(Y)
-        for (W_0, V_0), (W_1, V_1) in zip(made[0].vertices, made[0].vertices[1:], strict=False):
+        for (W_0, V_0), (W_1, V_1) in itertools.pairwise(made[0].vertices):
             for k in range(9):
                 t = fmpq(k, 8)
                 w, v = (balls(exactly(a) * (1 - t) + exactly(b) * t) for a, b in ((W_0, W_1), (V_0, V_1)))
                 R = curved(act, x.dot(w)).dot(v) - y
                 losses.append((R * R).sum() / 2)
         room = losses[0] * arb("1e-11") + arb("1e-25")
-        for k, (a, b) in enumerate(zip(losses, losses[1:], strict=False)):
+        for k, (a, b) in enumerate(itertools.pairwise(losses)):
             below(tally, f"road: no rise on {'ABC'[min(k // 9, 2)]}", b, a + room)
         below(tally, "road: end", losses[-1], arb(certificate.quantities["L(end)"]) + room)
 

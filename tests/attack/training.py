@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 import flint
 import numpy as np
 import torch
+from flint import arb, fmpq
+from torch import Tensor
+
 from attack import Arguments, Check, Tally, setting
 from attack.hostile import (
     FINE,
@@ -21,9 +25,6 @@ from attack.hostile import (
     sigma_min_at_least,
     surely_above,
 )
-from flint import arb, fmpq
-from torch import Tensor
-
 from companion import mean_field, minimum_norm, width_bounds
 from companion.certificate import Certificate
 
@@ -93,7 +94,7 @@ def draw_theorem_c(rng: np.random.Generator) -> Arguments:
     N, d, L, S = (int(k) for k in rng.integers((1, 2, 2, 1), (4, 4, 4, 3)))
     widths = [d, *(int(w) for w in rng.integers(N, N + 10, size=L - 1)), int(rng.integers(1, 3))]
     g = generator(rng)
-    weights = [torch.randn(S, a, b, generator=g, dtype=torch.float64) / a**0.5 for a, b in zip(widths, widths[1:], strict=False)]
+    weights = [torch.randn(S, a, b, generator=g, dtype=torch.float64) / a**0.5 for a, b in itertools.pairwise(widths)]
     weights[-1] *= 0.0 if rng.random() < 0.6 else 10.0 ** -int(rng.integers(0, 9))
     for s in range(S):
         weights[-2][s] *= 10.0 ** rng.uniform(0, 5)
@@ -208,7 +209,9 @@ def draw_counting(rng: np.random.Generator) -> Arguments | None:
             x, k = X[rng.integers(N)], int(rng.integers(m))
             W[0, :, k] += (float(rng.normal()) * 10.0 ** -int(rng.integers(0, 4)) - W[0, :, k] @ x) / (x @ x) * x
     outputs = torch.relu(X @ W) @ signs[:, :, None] / m**0.5
-    y = outputs[:, :, 0] + 10.0 ** int(rng.choice([-8, -3, -1, 0])) * torch.randn(S, N, generator=g, dtype=torch.float64)
+    y = outputs[:, :, 0] + 10.0 ** int(rng.choice([-8, -3, -1, 0])) * torch.randn(
+        S, N, generator=g, dtype=torch.float64
+    )
     largest = float((X @ X.T).diagonal().sum())
     step = float(rng.choice([0.1, 0.5, 0.9, 0.999, 1.5])) / largest if largest > 0 else 1.0
     return {
@@ -245,9 +248,7 @@ def step_at_edge(X: Tensor, W: Tensor, step: float) -> float:
     return 1 / top if top > 0 else step
 
 
-def _kernel_rows(
-    tally: Tally, name: str, member: Certificate, G: np.ndarray, step: float, reference: str
-) -> None:
+def _kernel_rows(tally: Tally, name: str, member: Certificate, G: np.ndarray, step: float, reference: str) -> None:
     """The rows on the spectrum of the kernel, in exact rationals."""
     for row in member.assumptions:
         if row.name.startswith("λ = λ_min(G"):
