@@ -1,6 +1,6 @@
 """A hostile search for a false certificate: make attack, or python -m attack with . and tests on the path.
 
-- `arithmetic`: everything that `companion.rigor` exports, against exact rationals and balls of any precision;
+- `arithmetic`: all bounds of `companion.rigor`, against exact rationals and balls of any precision;
 - `certificates`: whole certificates that hold, each against an independent computation of what it promises;
 - `calls`: every public function, one argument at a time replaced by something that does not belong there.
 

@@ -1,4 +1,4 @@
-"""Everything that `companion.rigor` exports, against exact rationals, and balls where a function is not rational."""
+"""All bounds of `companion.rigor`, against exact rationals, and against balls where a function is not rational."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ from attack.hostile import (
     tame,
 )
 from companion import rigor
+from companion.rigor import balls as layers
+from companion.rigor import formulas, rationals
 
 SHAPES = ((1, 1), (1, 2), (2, 1), (1, 5), (5, 1), (2, 2), (2, 3), (3, 3), (3, 2), (2, 6), (4, 4), (3, 12), (6, 9))
 ENTRIES = 96  # of one batch of intervals
@@ -137,7 +139,7 @@ def _ball(rng: np.random.Generator, *shape: int) -> Arguments:
     return {"value": value, "radius": radius, "signs": torch.from_numpy(rng.integers(-1, 2, size=shape))}
 
 
-def _inside(tally: Tally, name: str, ball: rigor.Ball, truth: np.ndarray) -> None:
+def _inside(tally: Tally, name: str, ball: layers.Ball, truth: np.ndarray) -> None:
     value, radius = ball
     if tuple(value.shape) != truth.shape:
         return tally.see(name, False, what=f"shape {tuple(value.shape)}, not {truth.shape}")
@@ -170,9 +172,9 @@ def see_layer(
     """Dense layers, sums, ReLU and BatchNorm."""
     small = value.abs().max() < 1e100 and bool((var + eps > 2e-308).all())
     with setting(flush):
-        dense, sums = rigor.dense_ball(value, radius, weight, bias), rigor.add_ball(value, radius, other, radius)
-        relu = rigor.relu_ball(value, radius)
-        norm = rigor.batchnorm_ball(value, radius, mean, var, gain, mean.flip(0), eps) if small else None
+        dense, sums = layers.dense_ball(value, radius, weight, bias), layers.add_ball(value, radius, other, radius)
+        relu = layers.relu_ball(value, radius)
+        norm = layers.batchnorm_ball(value, radius, mean, var, gain, mean.flip(0), eps) if small else None
     X = _point(value, radius, signs)
     _inside(tally, "dense_ball", dense, X.dot(exactly(weight).T) + exactly(bias))
     _inside(tally, "add_ball", sums, X + exactly(other) - exactly(radius))
@@ -198,8 +200,8 @@ def see_curved(
 ) -> None:
     """tanh, sigmoid and softplus, PyTorch's with its jump too."""
     with setting(flush):
-        found = rigor.tanh_ball(value, radius), rigor.sigmoid_ball(value, radius)
-        soft = rigor.softplus_ball(value, radius, beta, threshold)
+        found = layers.tanh_ball(value, radius), layers.sigmoid_ball(value, radius)
+        soft = layers.softplus_ball(value, radius, beta, threshold)
     precision(200)
     X = _point(value, radius, signs)
     near = [arb(min(max(x, fmpq(-900)), fmpq(900))) for x in X]  # beyond that, no float tells the difference
@@ -241,8 +243,8 @@ def see_image(
         return F.max_pool2d(t, 2, stride=1)
 
     with setting(flush):
-        conv = rigor.conv2d_ball(value, radius, weight, bias, **options)
-        mean, most = rigor.avgpool_ball(value, radius, average, 4), rigor.maxpool_ball(value, radius, largest)
+        conv = layers.conv2d_ball(value, radius, weight, bias, **options)
+        mean, most = layers.avgpool_ball(value, radius, average, 4), layers.maxpool_ball(value, radius, largest)
     X, W = _point(value, radius, signs), exactly(weight)
     _inside(tally, "conv2d_ball", conv, convolved(X, W, exactly(bias), **options))
     half = X.shape[2] // 2
@@ -314,15 +316,14 @@ def see_intervals(
         found = {
             "+": x + y, "-": x - y, "*": x * y, "/": x / y, "1/3 / x": third / x, "x / 3": x / 3, "3/8 - x": 0.375 - x,
             "power": x**power, "square": x.square(), "reciprocal": x.reciprocal(), "abs": abs(x), "neg": -x,
-            "maximum": x.maximum(y), "minimum": x.minimum(y), "clamp": x.clamp(-1.0, 2.0), "cat": rigor.cat([x]),
+            "maximum": x.maximum(y), "minimum": formulas.minimum(x, y), "clamp": x.clamp(-1.0, 2.0), "cat": rigor.cat([x]),
         }  # fmt: skip
         middle, radius = x.split()
         total, long = x.sum(0), rigor.norm(x)
-        below, at_most = x.below(y).tolist(), x.at_most(y).tolist()
         around = rigor.Interval.around(middle, radius)
     p, q = (_chosen(lo, hi, share) for lo, hi, share in ((a, b, s), (c, d, t)))
     holds_0, holds_0_y = (
-        [lo <= 0 <= hi for lo, hi in zip(*map(Tensor.tolist, e), strict=True)] for e in ((a, b), (c, d))
+        [lo <= 0 <= hi for lo, hi in zip(low.tolist(), high.tolist(), strict=True)] for low, high in ((a, b), (c, d))
     )
     one = fmpq(1, 3)
     _held(tally, "interval +", found["+"], [u + v for u, v in zip(p, q, strict=True)])
@@ -343,9 +344,7 @@ def see_intervals(
     _held(tally, "interval maximum", found["maximum"], [max(u, v) for u, v in zip(p, q, strict=True)])
     _held(tally, "interval minimum", found["minimum"], [min(u, v) for u, v in zip(p, q, strict=True)])
     _held(tally, "interval around", around, p)
-    for i, (u, v) in enumerate(zip(p, q, strict=True)):
-        tally.see("interval below", not below[i] or u < v, below[i])
-        tally.see("interval at_most", not at_most[i] or u <= v, at_most[i])
+    for i, u in enumerate(p):
         m, r = float(middle[i]), float(radius[i])
         if math.isfinite(r):
             tally.see("interval split", abs(rational(m) - u) <= rational(r), what=f"{m} {r}")
@@ -408,16 +407,16 @@ def draw_number(rng: np.random.Generator) -> Arguments:
 
 
 def see_number(tally: Tally, x: list[float], k: list[int], fractions: list[list[int]], flush: bool) -> None:
-    """`round_up`, `round_down`, `gamma`, `to_fractions`, `point` of fractions."""
+    """`round_up`, `round_down`, `gamma`, `whole_numbers`, `point` of fractions."""
     with setting(flush):
         ups, downs = [rigor.round_up(t) for t in x], [rigor.round_down(t) for t in x]
         gammas = [rigor.gamma(n) for n in k]
         points = [rigor.point(Fraction(p, q)) for p, q in fractions]
-    exact = rigor.to_fractions(torch.tensor([x], dtype=torch.float64))[0]
-    for t, up, down, r in zip(x, ups, downs, exact, strict=True):
+    (whole,), exponent = rationals.whole_numbers(torch.tensor([x], dtype=torch.float64))
+    for t, up, down, n in zip(x, ups, downs, whole, strict=True):
         tally.see("round_up", surely_above(up, t))
         tally.see("round_down", surely_above(t, down))
-        tally.see("to_fractions", r == Fraction(t))
+        tally.see("whole_numbers", n * Fraction(2) ** exponent == Fraction(t))
     for n, g in zip(k, gammas, strict=True):
         u = fmpq(n, 2**53)
         tally.see("gamma", rational(g) >= u / (1 - u))

@@ -82,43 +82,26 @@ GROUND: dict[str, Folder] = {
     "certificate.plain": lambda: given(value=A),
     "certificate.compare": lambda: given(name="x", measured=1.0, relation="<", required=2.0, status="measured"),
     "certificate.assumed": lambda: given(name="x"),
-    "rigor.add_ball": lambda: given(value=A, radius=RADIUS, other=A * 2, other_radius=RADIUS),
-    "rigor.avgpool_ball": lambda: given(value=IMAGE, radius=IMAGE.abs() * 1e-9, pool=nn.AvgPool2d(2), terms=4),
-    "rigor.batchnorm_ball": lambda: given(
-        value=A, radius=RADIUS, mean=A[0].clone(), var=A[1].abs() + 0.1, weight=A[2].clone(), bias=A[3].clone(),
-        eps=1e-5,
-    ),
     "rigor.cat": lambda: given(parts=[interval()], dim=0),
-    "rigor.conv2d_ball": lambda: given(
-        value=IMAGE, radius=IMAGE.abs() * 1e-9, weight=normal(20, 3, 2, 3, 3), bias=torch.ones(3, dtype=F64), stride=1,
-        padding=1, dilation=1, groups=1,
-    ),
     "rigor.dense_ball": lambda: given(value=A, radius=RADIUS, weight=B.T.contiguous(), bias=torch.ones(3, dtype=F64)),
     "rigor.eig_min_lower": lambda: given(G=KERNEL, radius=KERNEL.abs() * 1e-15),
     "rigor.enclose": lambda: given(model=model(), X=X, batch=4),
-    "rigor.blocks": lambda: given(model=model(), X=X, batch=4),
     "rigor.exact_rank": lambda: given(A=A),
     "rigor.exact_sigma_min_exceeds": lambda: given(A=A, s=0.1),
     "rigor.frobenius_norm_upper": lambda: given(A=A),
     "rigor.gamma": lambda: given(k=5),
     "rigor.gram": lambda: given(A=A),
-    "rigor.maxpool_ball": lambda: given(value=IMAGE, radius=IMAGE.abs() * 1e-9, pool=nn.MaxPool2d(2)),
     "rigor.norm": lambda: given(A=A, dim=-1),
     "rigor.null_space": lambda: given(A=[[1, 2, 3], [2, 4, 6]]),
     "rigor.point": lambda: given(value=A),
     "rigor.product_error": lambda: given(A=A, B=B),
     "rigor.product_radius": lambda: given(A=A, B=B),
-    "rigor.relu_ball": lambda: given(value=A, radius=RADIUS),
     "rigor.round_down": lambda: given(x=1.0, ulps=1),
     "rigor.round_up": lambda: given(x=1.0, ulps=1),
     "rigor.sigma_min_lower": lambda: given(A=A, method="auto"),
-    "rigor.sigmoid_ball": lambda: given(value=A, radius=RADIUS),
-    "rigor.softplus_ball": lambda: given(value=A, radius=RADIUS, beta=1.0, threshold=20.0),
     "rigor.spectral_norm": lambda: given(A=A),
     "rigor.spectral_norm_upper": lambda: given(A=A),
     "rigor.stack": lambda: given(parts=[interval()], dim=0),
-    "rigor.tanh_ball": lambda: given(value=A, radius=RADIUS),
-    "rigor.to_fractions": lambda: given(A=A),
 }  # fmt: skip
 
 
@@ -228,6 +211,11 @@ def _solution() -> Any:
     return minimum_norm.solve(X, y, W_0, SIGNS)
 
 
+def _closed() -> Any:
+    W, signs = minimum_norm.initialize(D, 24, kappa=1e6, generator=seed(8))
+    return minimum_norm.certify(X, y, W, signs, step=1e-4)
+
+
 MINIMUM_NORM: dict[str, Folder] = {
     "minimum_norm.certify": lambda: _layer() | given(step=1e-4, reference="midpoint", level="certified"),
     "minimum_norm.certify#measured": lambda: _layer() | given(step=1e-4, reference="gate", level="measured"),
@@ -236,8 +224,7 @@ MINIMUM_NORM: dict[str, Folder] = {
     "minimum_norm.empirical_gram": lambda: given(X=X, W=W_0, chunk=8),
     "minimum_norm.figure_1_data": lambda: given(seed=11, bias=False),
     "minimum_norm.forward": lambda: given(X=X, W=W_0, signs=SIGNS, chunk=8),
-    "minimum_norm.function_bound": lambda: given(
-        solution=_solution(), Z=X, Q=torch.ones(1, dtype=F64), residual=0.0),
+    "minimum_norm.function_bound": lambda: given(solution=_solution(), Z=X, certificate=_closed(), residual=0.0),
     "minimum_norm.generalization_bound": lambda: given(X=X, y=y, delta=0.1),
     "minimum_norm.initialize": lambda: given(d=4, m=6, kappa=1.0, S=2, generator=seed()),
     "minimum_norm.kernel_regression": lambda: given(X=X, y=y, Z=X),
@@ -292,7 +279,7 @@ BEYOND_NTK: dict[str, Folder] = {
     "beyond_ntk.batchnorm_statistics": lambda: given(model=_batchnorm(), X=X),
     "beyond_ntk.centre": lambda: given(M=FEATURES),
     "beyond_ntk.certify_expressivity": lambda: given(model=model(), X=X, seed=0, batch=4),
-    "beyond_ntk.certify_gap": lambda: given(model=model(), X=X, y=LABELS, loss="cross_entropy", within=1.0, batch=4),
+    "beyond_ntk.certify_gap": lambda: given(model=model(), X=X, y=LABELS, loss="cross_entropy", batch=4),
     "beyond_ntk.certify_rate": lambda: given(model=model(), X=X, y=LABELS, steps=10, method="auto"),
     "beyond_ntk.cka": lambda: given(K=KERNEL, G=KERNEL + 1),
     "beyond_ntk.comparator_bound": lambda: _regression() | given(t=5, loss="squared", step=0.01, comparators=[V_0 + 1]),
@@ -394,6 +381,6 @@ BASELINES: dict[str, Folder] = {
 # what has no argument that could be wrong, or answers only through what others made
 LEFT_OUT = {
     "certificate.gather", "certificate.html_row", "certificate.silent", "descent.iterate",
-    "networks.ancestors", "rigor.ancestors", "beyond_ntk.untie", "basins.example_e1", "basins.example_e4",
-    "rigor.check_ball", "rigor.head", "rigor.inputs", "rigor.read",
+    "networks.ancestors", "beyond_ntk.untie", "basins.example_e1", "basins.example_e4",
+    "rigor.check_ball",
 }  # fmt: skip

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import mpmath
@@ -25,7 +26,7 @@ from attack.hostile import (
     rational_matrix,
 )
 from attack.training import BITS, DTYPES, asked, below, generator, inputs
-from companion import basins, beyond_ntk
+from companion import basins, beyond_ntk, rigor
 from companion.networks import Activation
 
 CURVES: dict[str, Callable[[arb], arb]] = {
@@ -72,7 +73,7 @@ def draw_module(rng: np.random.Generator) -> Arguments:
         y = torch.from_numpy(rng.integers(0, max(K, 2), size=N))
     return {
         "weights": W, "biases": biases, "acts": acts, "X": X, "y": y, "loss": loss, "t": int(rng.integers(1, 12)),
-        "fit": bool(rng.random() < 0.5), "dtype": str(rng.choice(DTYPES)),
+        "fit": bool(rng.random() < 0.5), "centred": bool(rng.random() < 0.5), "dtype": str(rng.choice(DTYPES)),
     }  # fmt: skip
 
 
@@ -97,7 +98,7 @@ def states(weights: list[Tensor], biases: list[Tensor], acts: list[str], X: Tens
 
 def see_module(
     tally: Tally, weights: list[Tensor], biases: list[Tensor], acts: list[str], X: Tensor, y: Tensor, loss: str, t: int,
-    fit: bool, dtype: str,
+    fit: bool, centred: bool, dtype: str,
 ) -> None:  # fmt: skip
     """E: different inputs of the wide layer. G: the loss and its floor. R: sigma_N, and the loss after t steps."""
     model = module(weights, biases, acts)
@@ -111,8 +112,19 @@ def see_module(
         _see_distinct(tally, weights, biases, acts, X)
     for gap in asked(tally, "gap", dtype, lambda: beyond_ntk.certify_gap(model, X, y, loss=loss)):
         _see_gap(tally, F[-1], X, y, loss, gap.quantities)
-    for rate in asked(tally, "rate", dtype, lambda: beyond_ntk.certify_rate(model, X, y=y, loss=loss, steps=t)):
-        _see_rate(tally, F[-2], balls(weights[-1]), balls(biases[-1]), y, loss, t, rate.quantities)
+    options: dict[str, Any] = {"loss": loss, "steps": t, "centred": centred}
+    for rate in asked(tally, "rate", dtype, lambda: beyond_ntk.certify_rate(model, X, y=y, **options)):
+        mean, scale = coordinates(model, X) if centred else (0 * balls(weights[-1][0]), arb(1))
+        M = np.concatenate([F[-2] - mean, np.full((len(X), 1), scale, dtype=object)], axis=1)
+        W, b = balls(weights[-1]).T, balls(biases[-1])
+        _see_rate(tally, M, np.concatenate([W, (b + mean.dot(W))[None] / scale]), y, loss, t, rate.quantities)
+
+
+def coordinates(model: nn.Sequential, X: Tensor) -> tuple[np.ndarray, arb]:
+    """The floats that define the centred coordinates: no claim is made of them."""
+    h, _ = rigor.enclose(model, X, before=model[-1])
+    frame = beyond_ntk.centre(torch.cat([h, h.new_ones(len(h), 1)], dim=1))
+    return balls(frame.mean[0]), balls(frame.scale)[0, 0]
 
 
 def _see_distinct(tally: Tally, weights: list[Tensor], biases: list[Tensor], acts: list[str], X: Tensor) -> None:
@@ -169,17 +181,14 @@ def _see_gap(tally: Tally, Q: np.ndarray, X: Tensor, y: Tensor, loss: str, q: di
     below(tally, "gap: L - inf L", true - floor, q["gap"])
 
 
-def _see_rate(
-    tally: Tally, h: np.ndarray, W: np.ndarray, b: np.ndarray, y: Tensor, loss: str, t: int, q: dict[str, Any]
-) -> None:
-    M = np.concatenate([h, np.full((len(h), 1), arb(1), dtype=object)], axis=1)
+def _see_rate(tally: Tally, M: np.ndarray, V: np.ndarray, y: Tensor, loss: str, t: int, q: dict[str, Any]) -> None:
     square = arb(rational(q["sigma_min"]) ** 2 * (1 - FINE))
     shown = positive_definite(M.dot(M.T) - np.where(np.eye(len(M), dtype=bool), square, arb(0)))
     tally.see("rate: sigma_min", shown is not False, shown is True)
     square = arb(rational(q["sigma_max"]) ** 2 * (1 + FINE))
     shown = positive_definite(np.where(np.eye(len(M), dtype=bool), square, arb(0)) - M.dot(M.T))
     tally.see("rate: sigma_max", shown is not False, shown is True)
-    V, eta, start = np.concatenate([W, b[:, None]], axis=1).T, arb(q["max_step"]), None
+    eta, start = arb(q["max_step"]), None
     for _ in range(t):
         Q = M.dot(V)
         if loss == "squared":
@@ -205,22 +214,52 @@ def draw_basin(rng: np.random.Generator) -> Arguments:
     X = inputs(rng, N, D)
     if rng.random() < 0.3:
         X[:, -1] = X[:, 0] * 2
-    loss = str(rng.choice(["square", "logistic", "convex", "quasi-convex", "continuous"]))
-    acts = [*CURVES, "impostor relu"]
-    return {"X": X, "m": m, "act": str(rng.choice(acts)), "loss": loss, "given": bool(rng.random() < 0.7),
-            "dtype": str(rng.choice(DTYPES))}  # fmt: skip
+    if rng.random() < 0.3:
+        X = torch.cat([X, torch.full((N, 1), float(rng.choice([1.0, 0.3])), dtype=torch.float64)], dim=1)
+    return {
+        "X": X, "m": m, "act": str(rng.choice([*CURVES, "exp", "sin", "impostor relu"])), "K": int(rng.integers(1, 3)),
+        "loss": str(rng.choice(["square", "logistic", "convex", "quasi-convex", "continuous"])),
+        "given": bool(rng.random() < 0.7), "bias": bool(rng.random() < 0.3), "dtype": str(rng.choice(DTYPES)),
+    }  # fmt: skip
 
 
-def see_basin(tally: Tally, X: Tensor, m: int, act: str, loss: str, given: bool, dtype: str) -> None:
-    """Theorem P' holds exactly where the width, the homogeneity or the rank says so."""
-    impostor = Activation("relu", torch.sin, torch.cos, torch.cos)
-    sigma = impostor if act == "impostor relu" else act
-    N, needed = len(X), len({tuple(a + 0.0 for a in x) for x in X.tolist()}) if given else len(X)
-    rank = rational_matrix(X).rank() if given else X.shape[1]
-    wide = m > needed or (m >= needed and loss != "continuous")
-    right = act != "step" and (wide or act == "relu" or rank < X.shape[1])
-    shown = asked(tally, "no basin", dtype, lambda: basins.certify_no_basin(N, m, sigma, loss, X if given else None))
-    tally.see("no basin: width, rank, homogeneity", right or not shown, bool(shown), f"{[str(c) for c in shown]}")
+def see_basin(
+    tally: Tally, X: Tensor, m: int, act: str, K: int, loss: str, given: bool, bias: bool, dtype: str
+) -> None:
+    """Theorems P' and T hold only where width, homogeneity, rank or the number of touches says so."""
+    sigma = Activation("relu", torch.sin, torch.cos, torch.cos) if act == "impostor relu" else act
+    known = X if given else None
+    distinct = len({tuple(a + 0.0 for a in x) for x in X.tolist()}) if given else len(X)
+    right = act != "step" and (
+        m + bias > distinct
+        or (m + bias >= distinct and loss != "continuous")
+        or act == "relu"
+        or (given and _has_ray(X, act))
+        or (given and K == 1 and loss in ("square", "logistic", "convex") and m > touches(X, act, distinct, bias))
+    )
+    shown = asked(tally, "no basin", dtype, lambda: basins.certify_no_basin(
+        len(X), m, sigma, loss, known, K=K, output_bias=bias))  # fmt: skip
+    tally.see("no basin: width, rank, touches", bool(right) or not shown, bool(shown), f"{[str(c) for c in shown]}")
+
+
+def _has_ray(X: Tensor, act: str) -> bool:
+    """Too few dimensions for the columns of X, or an exponential that can take its factor out of a constant."""
+    rank = rational_matrix(X).rank()
+    lifted = rational_matrix(torch.cat([X, torch.ones(len(X), 1, dtype=torch.float64)], dim=1)).rank()
+    return rank < X.shape[1] or (act == "exp" and rank == lifted)
+
+
+def touches(X: Tensor, act: str, distinct: int, bias: bool) -> float:
+    """How often a sum of these features can touch zero, if there is one input."""
+    if X.shape[1] > 1:
+        return math.inf
+    if act == "exp":
+        return (distinct - 1 - bias) // 2
+    if act != "sin" or bias or not X.any():
+        return math.inf
+    numbers = [abs(Fraction(t)) for t in X[:, 0].tolist() if t]
+    unit = Fraction(math.gcd(*(t.numerator for t in numbers)), math.lcm(*(t.denominator for t in numbers)))
+    return (max(numbers) / unit - 1) // 2
 
 
 def draw_rank(rng: np.random.Generator) -> Arguments:

@@ -71,7 +71,7 @@ def _shown(x: Any) -> str:
 def inputs(rng: np.random.Generator, N: int, d: int) -> Tensor:
     """Rows that are ordinary, nearly parallel, opposite, equal, of different size, or full of ties."""
     X = torch.randn(N, d, generator=generator(rng), dtype=torch.float64)
-    kind = str(rng.choice(["plain", "plain", "near", "opposite", "rows", "integers", "equal", "scaled"]))
+    kind = str(rng.choice(["plain", "plain", "near", "opposite", "rows", "integers", "equal", "scaled", "extreme"]))
     if kind == "near" and N > 1:
         X[-1] = X[0] * float(rng.choice([1, 2.5])) + 10.0 ** -int(rng.integers(1, 12)) * X[-1]
     if kind == "opposite" and N > 1:
@@ -84,6 +84,8 @@ def inputs(rng: np.random.Generator, N: int, d: int) -> Tensor:
         X[-1] = X[0]
     if kind == "scaled":
         X *= 10.0 ** int(rng.integers(-8, 9))
+    if kind == "extreme" and rng.random() < 0.5:
+        X *= 10.0 ** int(rng.choice([-300, -200, -160, 100, 150, 155, 200, 300]))
     return X
 
 
