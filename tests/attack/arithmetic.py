@@ -316,7 +316,8 @@ def see_intervals(
         found = {
             "+": x + y, "-": x - y, "*": x * y, "/": x / y, "1/3 / x": third / x, "x / 3": x / 3, "3/8 - x": 0.375 - x,
             "power": x**power, "square": x.square(), "reciprocal": x.reciprocal(), "abs": abs(x), "neg": -x,
-            "maximum": x.maximum(y), "minimum": formulas.minimum(x, y), "clamp": x.clamp(-1.0, 2.0), "cat": rigor.cat([x]),
+            "maximum": x.maximum(y), "minimum": formulas.minimum(x, y), "clamp": x.clamp(-1.0, 2.0),
+            "cat": rigor.cat([x]),
         }  # fmt: skip
         middle, radius = x.split()
         total, long = x.sum(0), rigor.norm(x)

@@ -403,7 +403,7 @@ def draw_road(rng: np.random.Generator) -> Arguments:
 
 
 def see_road(tally: Tally, X: Tensor, Y: Tensor, W: Tensor, V: Tensor, act: str, seed: int, dtype: str) -> None:
-    """Along a certified road the loss is constant on A and B, falls on C, and ends at the promised value."""
+    """Along a road, all of whose losses are measured, the loss is constant on A and B, falls on C, and ends as said."""
     made: list[Any] = []
 
     def ask() -> Any:
@@ -419,10 +419,16 @@ def see_road(tally: Tally, X: Tensor, Y: Tensor, W: Tensor, V: Tensor, act: str,
                 w, v = (balls(exactly(a) * (1 - t) + exactly(b) * t) for a, b in ((W_0, W_1), (V_0, V_1)))
                 R = curved(act, x.dot(w)).dot(v) - y
                 losses.append((R * R).sum() / 2)
-        room = losses[0] * arb("1e-11") + arb("1e-25")
+        room = losses[0] * arb("1e-11") + rounding(X, made[0].vertices) * (1 + losses[0])
         for k, (a, b) in enumerate(itertools.pairwise(losses)):
             below(tally, f"road: no rise on {'ABC'[min(k // 9, 2)]}", b, a + room)
         below(tally, "road: end", losses[-1], arb(certificate.quantities["L(end)"]) + room)
+
+
+def rounding(X: Tensor, vertices: Any) -> float:
+    """What ordinary floating point may do to the loss: pre-activations that are large, or cancel, lose digits."""
+    size = max(float((X.abs() @ W.abs()).max()) for W, _ in vertices)
+    return 1e-14 * (1 + size) * (1 + max(float(V.abs().sum()) for _, V in vertices)) ** 2
 
 
 CHECKS = {
