@@ -13,9 +13,13 @@ import numpy as np
 import torch
 
 import attack
-from attack import Tally, arithmetic, calls, certificates
+from attack import Tally, arithmetic, calls, certificates, enclosures
 
-PARTS = {"arithmetic": arithmetic.CHECKS, "certificates": certificates.CHECKS, "calls": calls.CHECKS}
+PARTS = {
+    "arithmetic": arithmetic.CHECKS | enclosures.CHECKS,
+    "certificates": certificates.CHECKS,
+    "calls": calls.CHECKS,
+}
 STORED = 20  # violations of one kind that are written to files
 
 

@@ -139,7 +139,8 @@ def _ball(rng: np.random.Generator, *shape: int) -> Arguments:
     return {"value": value, "radius": radius, "signs": torch.from_numpy(rng.integers(-1, 2, size=shape))}
 
 
-def _inside(tally: Tally, name: str, ball: layers.Ball, truth: np.ndarray) -> None:
+def inside(tally: Tally, name: str, ball: layers.Ball, truth: np.ndarray) -> None:
+    """Whether the true values are in a ball; a value that is not finite says nothing."""
     value, radius = ball
     if tuple(value.shape) != truth.shape:
         return tally.see(name, False, what=f"shape {tuple(value.shape)}, not {truth.shape}")
@@ -176,14 +177,14 @@ def see_layer(
         relu = layers.relu_ball(value, radius)
         norm = layers.batchnorm_ball(value, radius, mean, var, gain, mean.flip(0), eps) if small else None
     X = _point(value, radius, signs)
-    _inside(tally, "dense_ball", dense, X.dot(exactly(weight).T) + exactly(bias))
-    _inside(tally, "add_ball", sums, X + exactly(other) - exactly(radius))
-    _inside(tally, "relu_ball", relu, np.maximum(X, fmpq(0)))
+    inside(tally, "dense_ball", dense, X.dot(exactly(weight).T) + exactly(bias))
+    inside(tally, "add_ball", sums, X + exactly(other) - exactly(radius))
+    inside(tally, "relu_ball", relu, np.maximum(X, fmpq(0)))
     if norm is not None:
         precision(200)
         root = np.array([arb(t).sqrt() for t in exactly(var) + rational(eps)], dtype=object)
         truth = balls((X - exactly(mean)) * exactly(gain)) / root + balls(exactly(mean.flip(0)))
-        _inside(tally, "batchnorm_ball", norm, truth)
+        inside(tally, "batchnorm_ball", norm, truth)
 
 
 def draw_curved(rng: np.random.Generator) -> Arguments:
@@ -205,10 +206,10 @@ def see_curved(
     precision(200)
     X = _point(value, radius, signs)
     near = [arb(min(max(x, fmpq(-900)), fmpq(900))) for x in X]  # beyond that, no float tells the difference
-    _inside(tally, "tanh_ball", found[0], np.array([x.tanh() for x in near], dtype=object))
-    _inside(tally, "sigmoid_ball", found[1], np.array([1 / (1 + (-x).exp()) for x in near], dtype=object))
+    inside(tally, "tanh_ball", found[0], np.array([x.tanh() for x in near], dtype=object))
+    inside(tally, "sigmoid_ball", found[1], np.array([1 / (1 + (-x).exp()) for x in near], dtype=object))
     truth = [_softplus(x, rational(beta), threshold) for x in X]
-    _inside(tally, "softplus_ball", soft, np.array(truth, dtype=object))
+    inside(tally, "softplus_ball", soft, np.array(truth, dtype=object))
 
 
 def _softplus(x: fmpq, beta: fmpq, threshold: float | None) -> Any:
@@ -246,13 +247,13 @@ def see_image(
         conv = layers.conv2d_ball(value, radius, weight, bias, **options)
         mean, most = layers.avgpool_ball(value, radius, average, 4), layers.maxpool_ball(value, radius, largest)
     X, W = _point(value, radius, signs), exactly(weight)
-    _inside(tally, "conv2d_ball", conv, convolved(X, W, exactly(bias), **options))
+    inside(tally, "conv2d_ball", conv, convolved(X, W, exactly(bias), **options))
     half = X.shape[2] // 2
     windows = [X[:, :, i : 2 * half : 2, j : 2 * half : 2] for i in (0, 1) for j in (0, 1)]
-    _inside(tally, "avgpool_ball", mean, sum(windows) / fmpq(4))
+    inside(tally, "avgpool_ball", mean, sum(windows) / fmpq(4))
     end = X.shape[2] - 1
     a, b, c, d = (X[:, :, i : end + i, j : end + j] for i in (0, 1) for j in (0, 1))
-    _inside(tally, "maxpool_ball", most, np.maximum(np.maximum(a, b), np.maximum(c, d)))
+    inside(tally, "maxpool_ball", most, np.maximum(np.maximum(a, b), np.maximum(c, d)))
 
 
 def convolved(

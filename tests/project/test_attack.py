@@ -6,7 +6,7 @@ import json
 import attack
 import numpy as np
 import pytest
-from attack import arithmetic, calls, certificates
+from attack import arithmetic, calls, certificates, enclosures
 
 from companion import certificate
 
@@ -28,13 +28,13 @@ def nothing_false(tally):
 
 
 ARITHMETIC = {"matrix": 60, "product": 60, "symmetric": 150, "layer": 40, "curved": 40, "image": 8, "intervals": 8,
-              "functions": 12, "number": 10}  # fmt: skip
+              "functions": 12, "number": 10, "network": 12}  # fmt: skip
 
 
 def test_every_bound_of_the_arithmetic_is_true():
-    tally = slice_of("arithmetic", arithmetic.CHECKS, ARITHMETIC, seed=1)
+    tally = slice_of("arithmetic", arithmetic.CHECKS | enclosures.CHECKS, ARITHMETIC, seed=1)
     nothing_false(tally)
-    assert set(ARITHMETIC) == set(arithmetic.CHECKS)
+    assert set(ARITHMETIC) == set(arithmetic.CHECKS | enclosures.CHECKS)
     assert sum(tally.told.values()) > 20_000
     idle = [name for name in tally.trials if tally.told[name] < max(3, tally.trials[name] / 4)]
     assert not idle  # of every kind of bound, at least a quarter said something
