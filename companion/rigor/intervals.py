@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from companion.rigor import elementary
-from companion.rigor.rounding import LARGEST, TINY, down, gamma, up, widened
+from companion.rigor.rounding import LARGEST, TINY, dense, down, gamma, up, widened
 
 __all__ = ["Interval", "Number", "cat", "point", "stack"]
 
@@ -231,7 +231,7 @@ def point(value: Tensor | Fraction | float | int, device: torch.device | str | N
     if isinstance(value, Tensor):
         if value.dtype != torch.float64:
             raise TypeError(f"value is {value.dtype}; intervals need torch.float64")
-        if not bool(torch.isfinite(value).all()):
+        if not bool(torch.isfinite(dense(value, "value")).all()):
             raise ValueError("value holds NaN or infinity; finite numbers are needed")
         return Interval(*widened(value.detach()))
     low, high = (_neighbour(value, side) for side in (-math.inf, math.inf))

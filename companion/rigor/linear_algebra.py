@@ -481,7 +481,10 @@ def eig_min_lower(G: Float[Tensor, "n n"], radius: Float[Tensor, "n n"]) -> floa
         TypeError: not a tensor, or not float64.
         ValueError: not 2-D, empty, NaN or infinity.
     """
-    G, radius = (A.tril() + A.tril(-1).T for A in (checked(G, "G"), checked(radius, "radius")))
+    G, radius = checked(G, "G"), checked(radius, "radius")
+    if not G.shape == radius.shape == (len(G), len(G)):
+        raise ValueError(f"G has shape {tuple(G.shape)}, radius {tuple(radius.shape)}; both (n, n) are needed")
+    G, radius = (A.tril() + A.tril(-1).T for A in (G, radius))
     S, exponent = _in_range(G)
     noise = scaled_up(frobenius_norm_upper(radius), -exponent)
     bound = _below_spectrum(S, float(torch.linalg.eigvalsh(S)[0]), 1e-6, noise)

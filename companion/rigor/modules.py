@@ -27,6 +27,7 @@ from companion.networks.layers import Softplus
 from companion.networks.reading import Network, NoEnclosure, ancestors, inputs, read
 from companion.rigor import balls
 from companion.rigor.balls import Ball
+from companion.runs import count
 
 BATCH = 256
 
@@ -274,8 +275,7 @@ def blocks(
     Raises:
         TypeError, ValueError, NoEnclosure: as `enclose`.
     """
-    if batch < 1:
-        raise ValueError(f"batch is {batch}; a positive number of rows is needed")
+    batch = count("batch", batch, 1)
     network, X = read(model), inputs(X)
     if before is None:
         target = _output(network)

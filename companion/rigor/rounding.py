@@ -159,6 +159,13 @@ def widened(x: Tensor) -> tuple[Tensor, Tensor]:
 # --- Input ------------------------------------------------------------------------------------------------------------
 
 
+def dense(A: Tensor, name: str) -> Tensor:
+    """Return a tensor whose numbers can be read one by one; a TypeError for a sparse one, or one without numbers."""
+    if A.layout != torch.strided or A.is_meta:
+        raise TypeError(f"{name} is {A.layout} on {A.device}; a dense tensor with numbers is needed")
+    return A
+
+
 def checked(A: Tensor, name: str = "A") -> Tensor:
     """Return a matrix on the CPU and outside autograd, or say in one sentence why it is refused.
 
@@ -181,7 +188,7 @@ def checked(A: Tensor, name: str = "A") -> Tensor:
         )
     if A.ndim != 2 or A.numel() == 0:
         raise ValueError(f"{name} has shape {tuple(A.shape)}; a matrix (n, m) with n, m >= 1 is needed")
-    A = A.detach().cpu()
+    A = dense(A, name).detach().cpu().resolve_neg()
     if not all(math.isfinite(end) for end in A.aminmax()):
         raise ValueError(f"{name} holds NaN or infinity; finite numbers are needed")
     return A

@@ -355,6 +355,7 @@ LAYERS = (
         (GOOD, 0.0, TypeError, "radius is a float; a torch.Tensor is needed"),
         (GOOD.float(), GOOD, TypeError, "value is torch.float32 on cpu; enclosures need float64 on the CPU"),
         (GOOD, GOOD.to("meta"), TypeError, "radius is torch.float64 on meta; enclosures need float64 on the CPU"),
+        (GOOD.to_sparse(), GOOD, TypeError, "value is torch.sparse_coo on cpu; a dense tensor with numbers is needed"),
         (GOOD[:0], GOOD[:0], ValueError, r"value has shape \(0, 2\)"),
         (GOOD, GOOD[:, :1], ValueError, r"radius has shape \(2, 1\)"),
         (GOOD * math.nan, GOOD, ValueError, "value lies between nan and nan; finite numbers are needed"),
@@ -373,6 +374,11 @@ def test_bad_layers(unchecked):
         balls.dense_ball(GOOD, zero, GOOD.long())
     with pytest.raises(ValueError, match=r"bias is torch.float64 or holds NaN or infinity"):
         balls.dense_ball(GOOD, zero, GOOD, GOOD[0] * math.inf)
+    with pytest.raises(TypeError, match=r"bias is a float; a torch.Tensor is needed"):
+        balls.dense_ball(GOOD, zero, GOOD, 1.0)
+    for weight, bias in ((GOOD[None], None), (GOOD[:, :1], None), (GOOD, GOOD[0, :1])):
+        with pytest.raises(ValueError, match=r"weight has shape \(.*\), bias .*; \(m, 2\) and \(m,\), or no bias"):
+            balls.dense_ball(GOOD, zero, weight, bias)
     with pytest.raises(ValueError, match=r"value has shape \(1, 2, 2, 2\); 2 axes"):
         balls.dense_ball(FOUR, 0 * FOUR, GOOD)
     with pytest.raises(ValueError, match=r"value has shape \(2, 2\); 4 axes"):
