@@ -23,7 +23,7 @@ from companion.rigor import arbs
 from companion.rigor.formulas import lower
 from companion.rigor.rationals import whole_numbers
 
-Loss = Literal["square", "logistic", "convex", "quasi-convex", "continuous"]
+_Loss = Literal["square", "logistic", "convex", "quasi-convex", "continuous"]
 
 # --- above the width: no basin ----------------------------------------------------------------------------------------
 
@@ -33,7 +33,7 @@ def certify_no_basin(
     N: int,
     m: int,
     act: str | Activation,
-    loss: Loss = "square",
+    loss: _Loss = "square",
     X: Float[Tensor, "N D"] | None = None,
     *,
     K: int = 1,
