@@ -69,7 +69,8 @@ def kantorovich(
     if not recognized(sigma, "exp", *_BOUNDS):
         raise ValueError(f"act is {sigma.name!r}; companion's own {', '.join(_BOUNDS)} or exp is needed for bounds")
     d = loss_derivatives(weights, X, Y, act)
-    values = torch.linalg.eigvalsh(d.hessian)
+    finite = torch.isfinite(d.hessian).flatten(1).all(1)
+    values = torch.linalg.eigvalsh(torch.where(finite[:, None, None], d.hessian, 0))  # 0 shows nothing
     gamma, smallest = torch.linalg.vector_norm(d.gradient, dim=1), values[:, 0]
     reach = 3 * gamma / smallest.clamp_min(1e-300) if radius is None else torch.full_like(gamma, radius)
     reach = reach.clamp(1e-14, 1e6)
