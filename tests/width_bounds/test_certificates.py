@@ -110,9 +110,19 @@ def test_the_residual_covers_an_output_that_cancels(x, exact):
     assert Fraction(float(certificates._measured_spectra(X, Y, weights).R_0)) >= exact
 
 
+@pytest.mark.parametrize("place", [0, -1])
+def test_the_residual_covers_a_long_sum(place):
+    """4,096 ones beside 2^53: those that are added to it one by one are lost."""
+    terms = torch.ones(1, 4097, dtype=torch.float64)
+    terms[0, place] = BIG
+    weights = [terms, torch.ones(4097, 1, dtype=torch.float64)]
+    R_0 = certificates.certified_spectra(float64([1.0]), float64([0.0]), weights).R_0
+    assert Fraction(float(R_0)) >= 2**53 + 4096
+
+
 def test_the_residual_covers_its_subtraction():
-    """``1 - (-2^-54)`` is computed as 1."""
-    s = certificates.certified_spectra(float64([1.0]), float64([-(2.0**-54)]), [float64([1.0]), float64([1.0])])
+    """``2^-54 - (-1)`` is computed as 1."""
+    s = certificates.certified_spectra(float64([1.0]), float64([-1.0]), [float64([1.0]), float64([2.0**-54])])
     assert Fraction(float(s.R_0)) >= 1 + Fraction(1, 2**54)
 
 
@@ -214,13 +224,17 @@ def test_a_refusal_lists_facts_only(level):
 
 
 def test_no_hint_is_given_that_was_not_found():
-    """``F_2`` has no rank, ``W_1`` may be scaled at will."""
     X, Y, weights = relu_problem(4, 4, (4, 40, 1), 1)
     weights = [1e-100 * weights[0], weights[1]]
     cert = wb.certify(X, 1e-163 * Y, weights)
     assert cert.quantities["R_0"] == pytest.approx(2e-163)
     assert cert.reason.startswith("residual_too_large: R₀ is 2e-163")
     assert wb.certify(X, 1e-163 * Y, [cert.quantities["beta"] * weights[0], weights[1]]).holds
+    cert = wb.certify(X, 1e120 * Y, [1e100 * weights[0], weights[1]])  # more than 1e100 times too large
+    assert "largest_R_0" not in cert.quantities
+    assert (
+        cert.reason == f"residual_too_large: R₀ is 2e+120; W_{{L-1}} scaled by {cert.quantities['beta']:.3g} would do"
+    )
 
 
 # --- Numbers of any size ----------------------------------------------------------------------------------------------
@@ -241,7 +255,9 @@ def test_inputs_whose_squares_underflow(level):
 
 
 @pytest.mark.parametrize("level", ["measured", "certified"])
-@pytest.mark.parametrize("sizes", [(1e150, 1e10), (1e155, 1e-150), (1e-200, 1.0), (1.0, 1e-200), (1e-155, 1e155)])
+@pytest.mark.parametrize(
+    "sizes", [(1e150, 1e10), (3e153, 1.0), (1e155, 1e-150), (1e-200, 1.0), (1.0, 1e-200), (1e-155, 1e155)]
+)
 def test_a_certificate_at_any_scale_is_true(level, sizes):
     """Only ``||X|| R_0 / alpha_0^2`` counts (Corollary D), however large or small its parts are."""
     X, Y, (W_1, W_2) = at_ratio(9.0)
@@ -421,6 +437,7 @@ def test_options_out_of_range_are_refused():
         ("step is 0", lambda: wb.certify(X, Y, weights, step=0.0)),
         ("radii is", lambda: wb.certify_paper(X, Y, weights, [1.0])),
         ("radii is", lambda: wb.certify_paper(X, Y, weights, [1.0, -1.0])),
+        ("radii is", lambda: wb.certify_paper(X, Y, weights, [1.0, 0.0])),
         ("mode is", lambda: wb.ball_fixed_point(s, mode="sgd")),
         ("path is", lambda: wb.ball_fixed_point(s, path="short")),
         ("theorem is", lambda: wb.smallest_beta(s, theorem="Q")),

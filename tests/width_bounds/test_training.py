@@ -74,8 +74,9 @@ def test_the_step_of_an_ensemble_covers_every_member():
         assert torch.equal(curves[:, s], wb.envelope(cert.members[s], float(each[s]), run.steps))
     with pytest.warns(UserWarning, match=f"allows at most {float(each[1]):.3g}, so"):
         wb.train(X, Y, weights, float(each[0]), 5, certificate=cert)
-    with pytest.raises(ValueError, match="step is"):
-        wb.envelope(cert, float(each[0]), run.steps)
+    for beyond in (float(each[0]), 1.001 * step, 0.0):
+        with pytest.raises(ValueError, match="step is"):
+            wb.envelope(cert, beyond, run.steps)
 
 
 def test_a_certificate_of_another_network_is_refused():
