@@ -144,7 +144,7 @@ def _resolved(rows: list[Assumption], alpha_0: float, level: str) -> list[Assump
 
 def _certify_one(X: Tensor, Y: Tensor, one: list[Tensor], ask: _Asked, rows: list[Assumption]) -> Certificate:
     """Theorem C for one network; one-sided bounds on its spectra are enough, as T is monotone in each of them."""
-    s = certified_spectra(X, Y, one) if ask.level == "certified" else _measured_spectra(X, Y, one)
+    s = _certified_spectra(X, Y, one) if ask.level == "certified" else _measured_spectra(X, Y, one)
     alpha_0 = float(s.alpha_0)
     rows = [*_resolved(rows, alpha_0, ask.level), compare("α₀ = σ_N(F_{L-1})", alpha_0, ">", 0.0, ask.level)]
     facts = {"alpha_0": alpha_0, "R_0": float(s.R_0), "phi": float(s.phi[-1])}
@@ -218,7 +218,7 @@ def _prove(s: Spectra, epsilon: float) -> dict[str, Any] | None:
     if not bool(ball.feasible):
         return None
     for _ in range(20):
-        exact = in_fractions(s, ball.C.tolist(), epsilon)
+        exact = _in_fractions(s, ball.C.tolist(), epsilon)
         if exact is not None:
             d, phi, alpha, B, rho = exact
             if lower(2 * Fraction(epsilon) / phi**2) == 0:
@@ -242,7 +242,7 @@ def _prove(s: Spectra, epsilon: float) -> dict[str, Any] | None:
     return None
 
 
-def in_fractions(s: Spectra, C: list[float], epsilon: float) -> tuple[Fraction, ...] | None:
+def _in_fractions(s: Spectra, C: list[float], epsilon: float) -> tuple[Fraction, ...] | None:
     """``(d, phi, alpha, B, rho)`` of Theorem C in exact rationals, or None where an inequality fails."""
     w, phi_0, radii = ([Fraction(x) for x in part] for part in (s.w.tolist(), s.phi.tolist(), C))
     alpha_0, R_0 = (Fraction(float(x)) for x in (s.alpha_0, s.R_0))
@@ -283,7 +283,7 @@ def _refuse(
 # --- Theorem C, rigorously --------------------------------------------------------------------------------------------
 
 
-def certified_spectra(X: Tensor, Y: Tensor, weights: list[Tensor]) -> Spectra:
+def _certified_spectra(X: Tensor, Y: Tensor, weights: list[Tensor]) -> Spectra:
     """One-sided bounds on the spectra of the exact-arithmetic network with these stored floats as its weights.
 
     ``e_l >= ||fl(F_l) - F_l||_F`` obeys ``e_l = e_{l-1} ||W_l||_2 + ||fl(F_{l-1} W_l) - F_{l-1} W_l||_F``, since ReLU
@@ -346,7 +346,7 @@ def certify_paper(
     rows, reason = _data_rows(X, stacked[-1].shape[1], len(stacked))
     if reason:
         return silent("Theorem P", rows, reason)
-    read = certified_spectra if level == "certified" else _measured_spectra
+    read = _certified_spectra if level == "certified" else _measured_spectra
     members = []
     for i in range(len(stacked[0])):
         s = read(X, Y, [W[i] for W in stacked])

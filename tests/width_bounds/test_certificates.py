@@ -70,7 +70,7 @@ def test_certified_inequalities_hold_in_rationals(deep_net):
     X, Y, weights = deep_net
     cert = wb.certify(X, Y, weights, level="certified")
     assert cert.holds
-    s = certificates.certified_spectra(X, Y, [W[0] for W in weights])
+    s = certificates._certified_spectra(X, Y, [W[0] for W in weights])
     C = [Fraction(c) for c in cert.quantities["radii"]]
     w, phi = ([Fraction(v) for v in t.tolist()] for t in (s.w, s.phi))
     d1 = phi[0] * C[0]
@@ -95,7 +95,7 @@ def test_certified_inequalities_hold_in_rationals(deep_net):
 def test_the_enclosure_covers_features_that_cancel(x, exact, depth):
     """``F_1 = sum x``, computed wrong in its first digit, then multiplied by 1 in every later layer."""
     weights = [torch.ones(3, 1, dtype=torch.float64)] + [float64([1.0])] * (depth - 1)
-    s = certificates.certified_spectra(float64(x), float64([0.0]), weights)
+    s = certificates._certified_spectra(float64(x), float64([0.0]), weights)
     assert Fraction(float(s.alpha_0)) <= exact
     assert all(Fraction(v) >= exact for v in s.phi.tolist()[1:])
     assert Fraction(float(s.R_0)) >= exact
@@ -106,13 +106,23 @@ def test_the_enclosure_covers_features_that_cancel(x, exact, depth):
 def test_the_residual_covers_an_output_that_cancels(x, exact):
     weights = [float64([abs(v) for v in x]), float64(*[[math.copysign(1.0, v)] for v in x])]
     X, Y = float64([1.0]), float64([0.0])
-    assert Fraction(float(certificates.certified_spectra(X, Y, weights).R_0)) >= exact
+    assert Fraction(float(certificates._certified_spectra(X, Y, weights).R_0)) >= exact
     assert Fraction(float(certificates._measured_spectra(X, Y, weights).R_0)) >= exact
 
 
+@pytest.mark.parametrize("place", [0, -1])
+def test_the_residual_covers_a_long_sum(place):
+    """4,096 ones beside 2^53: those that are added to it one by one are lost."""
+    terms = torch.ones(1, 4097, dtype=torch.float64)
+    terms[0, place] = BIG
+    weights = [terms, torch.ones(4097, 1, dtype=torch.float64)]
+    R_0 = certificates._certified_spectra(float64([1.0]), float64([0.0]), weights).R_0
+    assert Fraction(float(R_0)) >= 2**53 + 4096
+
+
 def test_the_residual_covers_its_subtraction():
-    """``1 - (-2^-54)`` is computed as 1."""
-    s = certificates.certified_spectra(float64([1.0]), float64([-(2.0**-54)]), [float64([1.0]), float64([1.0])])
+    """``2^-54 - (-1)`` is computed as 1."""
+    s = certificates._certified_spectra(float64([1.0]), float64([-1.0]), [float64([1.0]), float64([2.0**-54])])
     assert Fraction(float(s.R_0)) >= 1 + Fraction(1, 2**54)
 
 
@@ -120,23 +130,23 @@ def test_radii_a_little_too_small_are_refused():
     one = float64(1.0)[0]
     s = wb.Spectra(float64(0.0, 0.0), float64(1.0, 1.0), one, one / 6, one)
     C = wb.ball_fixed_point(s, epsilon=0.25).C.tolist()
-    found = certificates.in_fractions(s, C, 0.25)
+    found = certificates._in_fractions(s, C, 0.25)
     w, phi, radii = ([Fraction(x) for x in part] for part in (s.w.tolist(), s.phi.tolist(), C))
     stated = oracles.theorem_c(w, phi, Fraction(1), Fraction(float(s.R_0)), radii, Fraction(1, 4))
     assert list(found) == [stated[name] for name in ("d", "phi", "alpha", "B", "rho")]
     for layer in range(2):
         less = [c * (0.99 if l == layer else 1) for l, c in enumerate(C)]
-        assert certificates.in_fractions(s, less, 0.25) is None
-    assert certificates.in_fractions(s, [0.9, 0.9], 0.25) is None  # rho < 0
-    assert certificates.in_fractions(s, [0.0, 2.0], 0.25) is None  # rho < 0 < alpha
-    assert certificates.in_fractions(s, [2.0, 0.0], 0.25) is None  # alpha < 0 < rho
+        assert certificates._in_fractions(s, less, 0.25) is None
+    assert certificates._in_fractions(s, [0.9, 0.9], 0.25) is None  # rho < 0
+    assert certificates._in_fractions(s, [0.0, 2.0], 0.25) is None  # rho < 0 < alpha
+    assert certificates._in_fractions(s, [2.0, 0.0], 0.25) is None  # alpha < 0 < rho
 
 
 def test_the_feature_enclosure_contains_exact_arithmetic():
     """Features, products and residual of a tiny deep net in Fractions, against the certified one-sided numbers."""
     X, Y, weights = relu_problem(3, 2, (2, 3, 4, 1), 6)
     one = [W[0] for W in weights]
-    s = certificates.certified_spectra(X, Y, one)
+    s = certificates._certified_spectra(X, Y, one)
     F = [[Fraction(v) for v in row] for row in X.tolist()]
     for W in one[:-1]:
         M = [[Fraction(v) for v in row] for row in W.tolist()]
@@ -214,13 +224,17 @@ def test_a_refusal_lists_facts_only(level):
 
 
 def test_no_hint_is_given_that_was_not_found():
-    """``F_2`` has no rank, ``W_1`` may be scaled at will."""
     X, Y, weights = relu_problem(4, 4, (4, 40, 1), 1)
     weights = [1e-100 * weights[0], weights[1]]
     cert = wb.certify(X, 1e-163 * Y, weights)
     assert cert.quantities["R_0"] == pytest.approx(2e-163)
     assert cert.reason.startswith("residual_too_large: R₀ is 2e-163")
     assert wb.certify(X, 1e-163 * Y, [cert.quantities["beta"] * weights[0], weights[1]]).holds
+    cert = wb.certify(X, 1e120 * Y, [1e100 * weights[0], weights[1]])  # more than 1e100 times too large
+    assert "largest_R_0" not in cert.quantities
+    assert (
+        cert.reason == f"residual_too_large: R₀ is 2e+120; W_{{L-1}} scaled by {cert.quantities['beta']:.3g} would do"
+    )
 
 
 # --- Numbers of any size ----------------------------------------------------------------------------------------------
@@ -241,7 +255,9 @@ def test_inputs_whose_squares_underflow(level):
 
 
 @pytest.mark.parametrize("level", ["measured", "certified"])
-@pytest.mark.parametrize("sizes", [(1e150, 1e10), (1e155, 1e-150), (1e-200, 1.0), (1.0, 1e-200), (1e-155, 1e155)])
+@pytest.mark.parametrize(
+    "sizes", [(1e150, 1e10), (3e153, 1.0), (1e155, 1e-150), (1e-200, 1.0), (1.0, 1e-200), (1e-155, 1e155)]
+)
 def test_a_certificate_at_any_scale_is_true(level, sizes):
     """Only ``||X|| R_0 / alpha_0^2`` counts (Corollary D), however large or small its parts are."""
     X, Y, (W_1, W_2) = at_ratio(9.0)
@@ -421,6 +437,7 @@ def test_options_out_of_range_are_refused():
         ("step is 0", lambda: wb.certify(X, Y, weights, step=0.0)),
         ("radii is", lambda: wb.certify_paper(X, Y, weights, [1.0])),
         ("radii is", lambda: wb.certify_paper(X, Y, weights, [1.0, -1.0])),
+        ("radii is", lambda: wb.certify_paper(X, Y, weights, [1.0, 0.0])),
         ("mode is", lambda: wb.ball_fixed_point(s, mode="sgd")),
         ("path is", lambda: wb.ball_fixed_point(s, path="short")),
         ("theorem is", lambda: wb.smallest_beta(s, theorem="Q")),
@@ -444,7 +461,7 @@ def test_the_certificate_of_theorem_p_is_the_theorem_as_stated(level):
     radii = [0.5, 8.0]
     cert = wb.certify_paper(X, Y, weights, radii, level=level)
     one = [W[0] for W in weights]
-    s = certificates.certified_spectra(X, Y, one) if level == "certified" else wb.spectra(X, Y, one).member(0)
+    s = certificates._certified_spectra(X, Y, one) if level == "certified" else wb.spectra(X, Y, one).member(0)
     ratios, step = oracles.theorem_p(s.w.tolist(), float(s.X_F), float(s.alpha_0), float(s.R_0), radii)
     assert [row.measured for row in cert.assumptions if row.name.startswith("(")] == pytest.approx(ratios, rel=1e-9)
     assert min(ratios) >= 1

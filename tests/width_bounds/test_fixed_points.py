@@ -96,9 +96,10 @@ def test_spectra_refuse_what_are_no_spectra():
     ):
         with pytest.raises(error, match=words):
             wb.Spectra(*arguments)
-    huge = [1e200 * gaussian(4, 5), 1e200 * gaussian(5, 2)]
-    with pytest.raises(ValueError, match="too large for their dtype"):
-        wb.spectra(gaussian(3, 4), gaussian(3, 2), huge)
+    for first, last in ((1e200, 1e200), (1.0, 1e306)):  # products overflow, or only norms
+        huge = [first * gaussian(4, 5), last * gaussian(5, 2)]
+        with pytest.raises(ValueError, match="too large for their dtype"):
+            wb.spectra(gaussian(3, 4), gaussian(3, 2), huge)
 
 
 # --- The theorems' constants ------------------------------------------------------------------------------------------

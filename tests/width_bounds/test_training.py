@@ -72,10 +72,14 @@ def test_the_step_of_an_ensemble_covers_every_member():
     assert bool((run.residual <= curves * (1 + 1e-10)).all())
     for s in range(2):
         assert torch.equal(curves[:, s], wb.envelope(cert.members[s], float(each[s]), run.steps))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wb.train(X, Y, weights, 1.5 * each, 5)  # each is covered, with a larger epsilon
     with pytest.warns(UserWarning, match=f"allows at most {float(each[1]):.3g}, so"):
         wb.train(X, Y, weights, float(each[0]), 5, certificate=cert)
-    with pytest.raises(ValueError, match="step is"):
-        wb.envelope(cert, float(each[0]), run.steps)
+    for beyond in (float(each[0]), 1.001 * step, 0.0):
+        with pytest.raises(ValueError, match="step is"):
+            wb.envelope(cert, beyond, run.steps)
 
 
 def test_a_certificate_of_another_network_is_refused():
@@ -99,7 +103,7 @@ def test_the_envelope_is_the_theorems_curve_rounded_up(level, fraction):
     cert = wb.certify(*relu_problem(8, 8, (8, 200, 1), 1, beta=3.0), level=level)
     q = {name: value if name == "radii" else Fraction(value) for name, value in cert.quantities.items()}
     step = fraction * cert.quantities["max_step"]
-    k = torch.tensor([[0, 1], [7, 2000]])
+    k = torch.tensor([[0, 1, 7, 2000], [*range(1020, 1024)], [*range(1500, 1504)]])
     curve = wb.envelope(cert, step, k)
     assert curve.shape == k.shape
     rho = (1 - Fraction(step) * q["phi"] ** 2 / 2) * q["alpha"] ** 2 - q["B"]
