@@ -9,6 +9,7 @@ TORCH  ?= torch==2.13.0
 ONLY   ?=
 ALL    ?=
 SEED   ?=
+SECONDS ?= 600
 PORT   ?= 8000
 JOBS   ?= 2
 # REHEARSE=0 stores a lesson's run without rehearsing the rounding
@@ -20,7 +21,7 @@ BUILD  := $(BIN)/jupyter-book build . --toc "$(CURDIR)/book/_toc.yml" -W --keep-
 # a backend chosen in the environment would make the notebooks' figures vanish
 unexport MPLBACKEND
 
-.PHONY: help book serve lessons rehearse text notebooks pictures records test unit mutants check-lessons lint format bench clean distclean env
+.PHONY: help book serve lessons rehearse text notebooks pictures records test unit mutants attack check-lessons lint format bench clean distclean env
 .DEFAULT_GOAL := help
 
 help:
@@ -37,6 +38,7 @@ help:
 	@echo "make unit       only the tests of the package; make lint, make format: ruff, jupytext"
 	@echo "make check-lessons   nbval on the lessons in this environment (ONLY=... for one)"
 	@echo "make mutants    do the tests notice a changed sign?  (ONLY=rigor/balls for one module, ALL=1 for every mutant, SEED=)"
+	@echo "make attack     look for a false certificate for SECONDS=600  (ONLY=arithmetic, certificates or calls; SEED=)"
 	@echo "make bench      the benchmarks; make clean: forget what was built; make distclean: .venv too"
 
 # --- the environment: made once, and again only when what it is made from changes
@@ -94,6 +96,9 @@ unit: $(STAMP)
 mutants: $(STAMP)
 	$(BIN)/python -c 'import cosmic_ray' 2>/dev/null || $(BIN)/python -m pip install -q -c book/constraints.txt -e '.[mutants]' --no-build-isolation
 	$(BIN)/python tests/mutants.py $(ONLY) $(if $(ALL),--all) $(if $(SEED),--seed $(SEED))
+
+attack: $(STAMP)
+	PYTHONPATH=.:tests $(BIN)/python -m attack --seconds $(SECONDS) --only '$(ONLY)' $(if $(SEED),--seed $(SEED))
 
 check-lessons: $(STAMP)
 	$(BIN)/python book/_tools/notebooks.py check $(ONLY)

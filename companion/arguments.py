@@ -18,17 +18,16 @@ import operator
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-Function = TypeVar("Function", bound=Callable[..., Any])
 Sizes = dict[str, tuple[int, str]]  # a named axis: its size, and the argument that fixed it
 
 
-def checked(function: Function | None = None, *, double: bool = False, infinite: Sequence[str] = ()) -> Any:
+def checked(function: Callable[..., Any] | None = None, *, double: bool = False, infinite: Sequence[str] = ()) -> Any:
     """Check a function's arguments against its annotations whenever it is called.
 
     Args:
@@ -154,9 +153,13 @@ def _scalar(value: Any, hint: type, wanted: _Wanted) -> Any:
         if isinstance(value, float):
             raise TypeError(f"{name} is {value}; a whole number is needed")
         return operator.index(value)
-    if math.isnan(value) or (math.isinf(value) and not wanted.infinite):
+    try:
+        plain = float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is {_found(value)}; a finite number is needed") from None
+    if math.isnan(plain) or (math.isinf(plain) and not wanted.infinite):
         raise ValueError(f"{name} is {value}; a finite number is needed")
-    return value
+    return value if isinstance(value, int | float) else plain  # a fraction times a tensor is an error of torch's
 
 
 def _sequence(value: Any, hints: tuple[Any, ...], wanted: _Wanted) -> Any:
@@ -193,6 +196,8 @@ def _is_array(hint: Any) -> bool:
 def _found(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, int) and value.bit_length() > 1023:
+        return f"a whole number of {value.bit_length()} bits"
     if isinstance(value, int | float | str | bool) or value is None:
         return repr(value)
     kind = type(value).__name__
@@ -216,6 +221,7 @@ def _tensor(value: Any, hint: Any, wanted: _Wanted) -> Tensor:
     if value.is_floating_point():
         _check_finite(value, wanted)
     value = value.detach() if value.requires_grad else value
+    value = value.resolve_neg()  # a view of negated bits cannot be read as bits
     return value.clone() if value.is_inference() else value
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from companion.networks.reading import exact_double
 from companion.rigor import elementary
-from companion.rigor.rounding import TINY, UNIT, gamma, has_subnormal
+from companion.rigor.rounding import TINY, UNIT, dense, gamma, has_subnormal
 
 GROW = 1 + 1e-9  # covers 2^22 roundings of a sum of nonnegative numbers, and what is done with it
 
@@ -39,7 +39,7 @@ def check_ball(value: Tensor, radius: Tensor, *ranks: int) -> None:
         if A.numel() == 0 or A.shape != value.shape or (ranks and A.ndim not in ranks):
             axes = " or ".join(map(str, ranks)) or "any number of"
             raise ValueError(f"{name} has shape {tuple(A.shape)}; {axes} axes, no empty one, equal shapes are needed")
-        low, high = (float(end) for end in A.aminmax())
+        low, high = (float(end) for end in dense(A, name).aminmax())
         if not (math.isfinite(low) and math.isfinite(high)) or (name == "radius" and low < 0):
             raise ValueError(f"{name} lies between {low} and {high}; finite numbers are needed, no radius below 0")
 
@@ -51,7 +51,9 @@ def _parameters(k: int, **parameters: Tensor | None) -> list[Tensor | None]:
     out = []
     for name, A in parameters.items():
         if A is not None:
-            if not A.is_floating_point() or not bool(torch.isfinite(A).all()):
+            if not isinstance(A, Tensor):
+                raise TypeError(f"{name} is a {type(A).__name__}; a torch.Tensor is needed")
+            if not dense(A, name).is_floating_point() or not bool(torch.isfinite(A).all()):
                 raise ValueError(f"{name} is {A.dtype} or holds NaN or infinity; finite floating point is needed")
             A = exact_double(A.detach().cpu())
         out.append(A)
@@ -91,8 +93,11 @@ def dense_ball(
     Source: the standard model of floating-point arithmetic; derived in lesson 3.
     """
     check_ball(value, radius, 2)
-    k = weight.shape[1]
+    k = value.shape[1]
     W, b = _parameters(k, weight=weight, bias=bias)
+    if W.ndim != 2 or W.shape[1] != k or (b is not None and b.shape != W.shape[:1]):
+        found = f"weight has shape {tuple(W.shape)}, bias {'None' if b is None else tuple(b.shape)}"
+        raise ValueError(f"{found}; (m, {k}) and (m,), or no bias, are needed")
     out, spread = value @ W.T, _spread(value, radius, k + 2) @ W.abs().T
     if b is not None:
         out += b

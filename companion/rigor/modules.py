@@ -27,6 +27,7 @@ from companion.networks.layers import Softplus
 from companion.networks.reading import Network, NoEnclosure, ancestors, inputs, read
 from companion.rigor import balls
 from companion.rigor.balls import Ball
+from companion.runs import count
 
 BATCH = 256
 
@@ -108,7 +109,6 @@ MODULES: dict[type[nn.Module], Callable[[Any, Tensor, Tensor], Ball]] = {
     nn.Softplus: lambda module, h, D: balls.softplus_ball(h, D, module.beta, module.threshold),
     Softplus: lambda module, h, D: balls.softplus_ball(h, D, module.beta),
 }
-ASSUMES_LIBRARY = (nn.Tanh, nn.Softplus, Softplus)
 
 
 def _add(first: Any, second: Any) -> Ball:
@@ -275,8 +275,7 @@ def blocks(
     Raises:
         TypeError, ValueError, NoEnclosure: as `enclose`.
     """
-    if batch < 1:
-        raise ValueError(f"batch is {batch}; a positive number of rows is needed")
+    batch = count("batch", batch, 1)
     network, X = read(model), inputs(X)
     if before is None:
         target = _output(network)

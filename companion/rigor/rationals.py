@@ -137,7 +137,9 @@ def exact_sigma_min_exceeds(A: Float[Tensor, "n m"], s: float | Fraction) -> boo
 
     Source: Sylvester's criterion; Bareiss (1968), fraction-free elimination.
     """
-    if not (isinstance(s, Fraction) or math.isfinite(s)) or s < 0:
+    if not isinstance(s, float | int | Fraction):
+        raise TypeError(f"s is a {type(s).__name__}; a number is needed")
+    if not (isinstance(s, Fraction | int) or math.isfinite(s)) or s < 0:
         raise ValueError(f"s is {s}; a finite number >= 0 is needed")
     rows, exponent = whole_numbers(A)
     square = (Fraction(s) / Fraction(2) ** exponent) ** 2

@@ -129,7 +129,7 @@ def scaled(x: Tensor, k: Tensor | int) -> Tensor:
     Returns:
         The products; what is below ``2^-1022`` is off by at most that, what is too large is infinite.
     """
-    k = torch.as_tensor(k, device=x.device).to(torch.int64)
+    k = torch.as_tensor(k, dtype=torch.int64, device=x.device)
     if has_subnormal(x):
         bits = x.view(torch.int64)
         whole = torch.where(bits & MAGNITUDE < 2**52, bits & MAGNITUDE, 0).to(torch.float64)  # |x| 2^1074
@@ -159,6 +159,13 @@ def widened(x: Tensor) -> tuple[Tensor, Tensor]:
 # --- Input ------------------------------------------------------------------------------------------------------------
 
 
+def dense(A: Tensor, name: str) -> Tensor:
+    """Return a tensor whose numbers can be read one by one; a TypeError for a sparse one, or one without numbers."""
+    if A.layout != torch.strided or A.is_meta:
+        raise TypeError(f"{name} is {A.layout} on {A.device}; a dense tensor with numbers is needed")
+    return A
+
+
 def checked(A: Tensor, name: str = "A") -> Tensor:
     """Return a matrix on the CPU and outside autograd, or say in one sentence why it is refused.
 
@@ -181,7 +188,7 @@ def checked(A: Tensor, name: str = "A") -> Tensor:
         )
     if A.ndim != 2 or A.numel() == 0:
         raise ValueError(f"{name} has shape {tuple(A.shape)}; a matrix (n, m) with n, m >= 1 is needed")
-    A = A.detach().cpu()
+    A = dense(A, name).detach().cpu().resolve_neg()
     if not all(math.isfinite(end) for end in A.aminmax()):
         raise ValueError(f"{name} holds NaN or infinity; finite numbers are needed")
     return A

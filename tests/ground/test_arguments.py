@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from typing import Literal
 
 import numpy as np
@@ -92,6 +93,7 @@ def test_what_is_right_passes():
         ({"steps": 2.0}, TypeError, "steps is 2.0; a whole number is needed"),
         ({"steps": True}, TypeError, "steps is True; a whole number is needed"),
         ({"steps": "3"}, TypeError, "steps is '3'; a whole number is needed"),
+        ({"step": 10**400}, ValueError, "step is a whole number of 1329 bits; a finite number or a torch tensor is"),
         ({"flag": 1}, TypeError, "flag is 1; True or False is needed"),
         ({"level": "proved"}, ValueError, "level is 'proved'; 'measured' or 'certified' is needed"),
         ({"name": 3}, TypeError, "name is 3; a word is needed"),
@@ -105,6 +107,13 @@ def test_what_is_wrong_is_named(kwargs, error, sentence):
     with pytest.raises(error) as caught:
         example(**{"X": X, **kwargs})
     assert sentence in str(caught.value)
+
+
+def test_a_fraction_becomes_a_float_and_negated_bits_are_written_out():
+    step = example(X, step=Fraction(1, 4))["step"]
+    assert (step, type(step)) == (0.25, float)
+    assert not example(torch._neg_view(X))["X"].is_neg()
+    assert example(torch._neg_view(X))["X"].equal(-X)
 
 
 def test_certificates_need_float64_and_infinity_may_be_allowed():

@@ -366,6 +366,24 @@ def test_frobenius_covers_squares_that_are_lost():
     assert rigor.frobenius_norm_upper(A) < 1 + 1e-11
 
 
+def test_many_small_squares_that_are_all_flushed():
+    A = torch.full((1, 2**23), 2.0**-511 * (1 - 2.0**-53), dtype=torch.float64)
+    with flushing():
+        assert not (A @ A.T).any()
+        found = linear_algebra._frobenius(A)
+    assert Fraction(found) ** 2 >= 2**23 * Fraction(A[0, 0].item()) ** 2
+
+
+def test_the_inverse_of_a_row_that_is_flushed_shows_nothing():
+    """``I - A R`` loses ``2e-308 * 1e299`` where subnormal operands count as 0: rows are brought to size one first."""
+    A = matrix([1.0, 0.0, 0.0], [0.0, 1e-299, 2e-308])
+    with flushing():
+        assert linear_algebra._inverse_bound(A) == 0
+        bound = rigor.sigma_min_lower(A)
+    assert bound > 0.5e-299
+    assert rigor.exact_sigma_min_exceeds(A, bound)
+
+
 def test_overflow_is_infinity():
     A = torch.full((2, 2), sys.float_info.max, dtype=torch.float64)
     assert rigor.frobenius_norm_upper(A) == math.inf
@@ -395,6 +413,8 @@ GOOD = matrix([1.0, 2.0], [0.0, 1.0])
         (GOOD.long(), TypeError, "A is torch.int64; rigorous bounds need float64"),
         (GOOD.float(), TypeError, r"A is torch.float32; rigorous bounds need float64 \(cast with A.double\(\)"),
         (GOOD.numpy(), TypeError, "A is a ndarray; a torch.Tensor is needed"),
+        (GOOD.to_sparse(), TypeError, "A is torch.sparse_coo on cpu; a dense tensor with numbers is needed"),
+        (GOOD.to("meta"), TypeError, "A is torch.strided on meta; a dense tensor with numbers is needed"),
         (GOOD * matrix([1.0, math.nan]), ValueError, "A holds NaN or infinity; finite numbers are needed"),
         (GOOD + matrix([0.0, -math.inf]), ValueError, "A holds NaN or infinity"),
         (GOOD[0], ValueError, r"A has shape \(2,\); a matrix \(n, m\) with n, m >= 1 is needed"),
@@ -423,6 +443,18 @@ def test_bad_arguments(unchecked):
     for s in (-1.0, math.nan, math.inf, Fraction(-1, 2)):
         with pytest.raises(ValueError, match=r"s is .*; a finite number >= 0 is needed"):
             rigor.exact_sigma_min_exceeds(GOOD, s)
+    with pytest.raises(TypeError, match=r"s is a Tensor; a number is needed"):
+        rigor.exact_sigma_min_exceeds(GOOD, GOOD[0, 0])
+    assert not rigor.exact_sigma_min_exceeds(GOOD, 10**400)
+    for G, radius in ((GOOD[:1], GOOD[:1]), (GOOD, GOOD[:1]), (GOOD[:1], GOOD)):
+        with pytest.raises(ValueError, match=r"G has shape \(.*\), radius \(.*\); both \(n, n\) are needed"):
+            rigor.eig_min_lower(G, radius)
+
+
+def test_bits_that_torch_only_negates_when_they_are_read():
+    A = torch._neg_view(GOOD)
+    assert rigor.frobenius_norm_upper(A) == rigor.frobenius_norm_upper(GOOD)
+    assert rigor.product_radius(A, GOOD).equal(rigor.product_radius(GOOD, GOOD))
 
 
 # --- Each error term, with a planted guess ----------------------------------------------------------------------------

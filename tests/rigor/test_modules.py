@@ -532,8 +532,10 @@ def test_bad_arguments(unchecked):
     X = torch.ones(2, 3)
     with pytest.raises(TypeError, match=r"model is a function; a torch.nn.Module is needed"):
         modules.enclose(torch.relu if False else (lambda x: x), X)
-    with pytest.raises(ValueError, match="batch is 0; a positive number of rows is needed"):
+    with pytest.raises(ValueError, match="batch is 0; an integer >= 1 is needed"):
         modules.enclose(LINE, X, batch=0)
+    with pytest.raises(TypeError, match=r"batch is 2.5; an integer is needed"):
+        modules.enclose(LINE, X, batch=2.5)
     with pytest.raises(ValueError, match="Linear is not a part of the model; one of its own modules is needed"):
         modules.enclose(LINE, X, before=nn.Linear(3, 2))
 
