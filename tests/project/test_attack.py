@@ -58,10 +58,10 @@ def test_what_every_certificate_promises_is_true():
 def test_bad_input_never_meets_an_error_from_inside():
     functions = set(calls.BASELINES) - calls.STILL_RAW
     draw = attack.Check(calls.Draw(functions), calls.see_call)
-    tally = attack.search("calls", {"call": draw}, np.random.default_rng(1), itertools.repeat(None, 400))
+    tally = attack.search("calls", {"call": draw}, np.random.default_rng(1), itertools.repeat(None, 300))
     nothing_false(tally)
-    assert sum(tally.trials.values()) > 700  # each call, and its inputs afterwards
-    assert sum(tally.told.values()) > 500
+    assert sum(tally.trials.values()) > 500  # each call, and its inputs afterwards
+    assert sum(tally.told.values()) > 400
 
 
 @pytest.mark.usefixtures("unchecked")
