@@ -18,17 +18,16 @@ import operator
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-Function = TypeVar("Function", bound=Callable[..., Any])
 Sizes = dict[str, tuple[int, str]]  # a named axis: its size, and the argument that fixed it
 
 
-def checked(function: Function | None = None, *, double: bool = False, infinite: Sequence[str] = ()) -> Any:
+def checked(function: Callable[..., Any] | None = None, *, double: bool = False, infinite: Sequence[str] = ()) -> Any:
     """Check a function's arguments against its annotations whenever it is called.
 
     Args:

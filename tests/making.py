@@ -4,7 +4,9 @@ import math
 
 import torch
 
+from companion import beyond_ntk as by
 from companion import data, minimum_norm, networks
+from companion.beyond_ntk import vision
 
 
 def seeded(seed=0):
@@ -76,6 +78,36 @@ def relu_problem(N, d, widths, seed, *, beta=1.0, S=None, radius=1.0):
     X, Y = data.sphere(N, d, generator, radius=radius), data.signs(N, generator)
     schemes = ["gaussian"] + ["lecun"] * (len(widths) - 2)
     return X, Y, networks.init_mlp(widths, scheme=schemes, beta=beta, zero_last=True, S=S, generator=generator)
+
+
+def images(N=40, K=3, dtype=torch.float32):
+    X = torch.randn(N, 16, generator=seeded(1), dtype=torch.float32).to(dtype)
+    return X, torch.arange(N) % K
+
+
+def resnet(seed=0, dropout=0.3, dtype=torch.float32):
+    model = by.conv_resnet((1, 4, 4), (3, 4), 45, 3, generator=seeded(seed), dtype=dtype)
+    model.flatten = torch.nn.Sequential(model.flatten, torch.nn.Dropout(dropout))
+    return model
+
+
+def sgd(params):
+    return torch.optim.SGD(params, 0.05, momentum=0.9)
+
+
+def run_two_phase(model, tau=2, X=None, y=None, optimizer=sgd, seed=7, **options):
+    X0, y0 = images()
+    options = {"batch": 16, "augment": vision.random_shift((1, 4, 4), 1)} | options
+    return by.two_phase(
+        model,
+        model.last,
+        X0 if X is None else X,
+        y0 if y is None else y,
+        optimizer,
+        tau,
+        generator=seeded(seed),
+        **options,
+    )
 
 
 def near_net(block, L, M, n, gap, seed, scale=1.0):

@@ -34,8 +34,7 @@ PROVING = (
     "rigor/formulas", "rigor/modules", "width_bounds/fixed_points", "width_bounds/certificates", "mean_field/coupling",
     "mean_field/jacobian", "mean_field/enclosures", "mean_field/certificates", "beyond_ntk/expressivity",
     "beyond_ntk/gap_and_rate", "beyond_ntk/bounds", "minimum_norm/gates", "minimum_norm/certificates",
-    "minimum_norm/kernel_limit", "basins/no_basin", "basins/certificates", "basins/exact", "basins/krawczyk",
-    "basins/roads",
+    "minimum_norm/kernel_limit", "basins/certificates", "basins/critical_points", "basins/exact", "basins/roads",
 )  # fmt: skip
 # an exception's class, a decorator and a variable's value are no terms of a bound
 _LEFT_OUT = ("Exception", "Variable", "RemoveDecorator")

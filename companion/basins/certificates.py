@@ -15,7 +15,7 @@ from companion.arguments import checked
 from companion.basins import exact
 from companion.basins.critical_points import ball_derivatives, kantorovich, krawczyk
 from companion.basins.exact import ExactPoint
-from companion.basins.shallow import check_shallow, loss_derivatives, recognized, train_lm_newton
+from companion.basins.shallow import Derivatives, check_shallow, loss_derivatives, recognized, train_lm_newton
 from companion.certificate import Assumption, Certificate, assumed, compare, gather, silent
 from companion.data import equal_inputs
 from companion.networks import Activation, activation
@@ -181,34 +181,50 @@ def certify_strict_minimum(
     for name, given in (("weights", weights), ("competitor", competitor)):
         if isinstance(given, ExactPoint):
             raise TypeError(f"{name} is an ExactPoint; [W, V] is needed for level {level!r}")
+    return _float_certificate(weights, X, Y, act, level, competitor)
+
+
+@checked(double=True)
+def _float_certificate(
+    weights: Sequence[Tensor],
+    X: Float[Tensor, "*x N D"],
+    Y: Float[Tensor, "*y N 1"],
+    act: str | Activation,
+    level: str,
+    competitor: Sequence[Tensor] | None,
+) -> Certificate:
     stacked, sigma = check_shallow(weights, X, Y, act)
     if competitor is None:
         competitor = _search_competitor(stacked, X, Y, act)
     other, _ = check_shallow(competitor, X, Y, act)
     if level == "certified":
         return _ball_certificate(stacked, X, Y, sigma, other)
-    own = X.ndim == 3 or Y.ndim == 3
-    if own and len(other[0]) != len(stacked[0]):
-        raise ValueError(
-            f"competitor holds {len(other[0])} networks for {len(stacked[0])} data sets; one each is needed"
-        )
-    here, k = loss_derivatives(stacked, X, Y, act).loss, kantorovich(stacked, X, Y, act)
-    below = loss_derivatives(other, X, Y, act).loss
-    below = below if own else below.min().expand(len(here))
+    at, there = loss_derivatives(stacked, X, Y, sigma), loss_derivatives(other, X, Y, sigma)
+    k, below = kantorovich(stacked, X, Y, sigma), there.loss + _rounding(there, other, Y)
+    if X.ndim == 2 and Y.ndim == 2:  # the lowest of all, for data that all share
+        below = below.min().expand(len(at.loss))
+    # the minimum itself may be lower than here
+    bottom = at.loss - _rounding(at, stacked, Y) - 2 * k.gamma**2 / k.smallest.clamp_min(1e-300) * (k.smallest > 0)
     members = []
-    for s in range(len(here)):
-        # L at the minimum may be lower than here
-        room = 2 * float(k.gamma[s]) ** 2 / float(k.smallest[s]) if float(k.smallest[s]) > 0 else 0.0
+    for s in range(len(below)):
         rows = (
             compare("4 M ||grad L|| / lambda_min^2", float(4 * k.M[s] * k.gamma[s] / k.smallest[s] ** 2), "<=", 1.0),
             compare("lambda_min of the Hessian", float(k.smallest[s]), ">", 0.0),
             compare("distance 2 ||grad L|| / lambda_min, in the ball", float(2 * k.gamma[s] / k.smallest[s]), "<",
                     float(k.radius[s])),
             _no_wider(other[0].shape[2], stacked[0].shape[2]),
-            compare("loss of the competitor", float(below[s]), "<", float(here[s]) - room),
+            compare("loss of the competitor", float(below[s]), "<", float(bottom[s])),
         )  # fmt: skip
-        members.append(_minimum("bad strict minimum (Kantorovich)", rows, {"L": float(here[s])}))
+        members.append(_minimum("bad strict minimum (Kantorovich)", rows, {"L": float(at.loss[s])}))
     return gather(members)
+
+
+def _rounding(d: Derivatives, weights: Sequence[Tensor], Y: Tensor) -> Tensor:
+    """How much rounding may move the losses, to first order: ``|e| (|J| |theta| + |y|)``, unit by unit, (S,)."""
+    W, V = weights
+    theta = torch.cat([V[..., 0], W.mT.flatten(1)], 1)
+    terms = (d.J.abs() @ theta.abs()[..., None] + Y.abs())[..., 0]
+    return torch.finfo(W.dtype).eps * (theta.shape[1] + 8) * (d.e.abs() * terms).sum(1)
 
 
 def _minimum(theorem: str, rows: tuple[Assumption, ...], found: dict[str, Any]) -> Certificate:

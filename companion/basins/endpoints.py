@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from companion.arguments import checked
-from companion.basins.shallow import Trained, loss_derivatives
+from companion.basins.shallow import Trained, check_shallow, loss_derivatives
 from companion.networks import Activation
 
 CLASSES = ("zero loss", "strict, bad", "strict, best of its starts", "saddle", "degenerate", "drifting", "unconverged")
@@ -68,6 +68,7 @@ def classify_endpoints(
     Raises:
         ValueError: starts does not divide S.
     """
+    check_shallow(trained.weights, X, Y, act)
     S = len(trained.loss)
     if starts < 1 or S % starts:
         raise ValueError(f"starts is {starts}; a divisor of the number {S} of networks is needed")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -121,15 +122,20 @@ def exact_jet(act: str, base: Base, k: int) -> Jet:
 
 def check_base(act: str, base: Base) -> Any:
     """The base as fractions, refused when it does not give rational features."""
-    if act not in EXACT_ACTIVATIONS:
+    if not isinstance(act, str) or act not in EXACT_ACTIVATIONS:
         raise ValueError(f"act is {act!r}; one of {', '.join(EXACT_ACTIVATIONS)} has exact values")
+    given = [*base] if isinstance(base, tuple) else [base]
+    try:
+        numbers = [Fraction(t) for t in given]
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"base is {base!r}; rational numbers are needed") from None
     if act == "sin":
-        if not isinstance(base, tuple) or len(base) != 2 or Fraction(base[0]) ** 2 + Fraction(base[1]) ** 2 != 1:
+        if len(numbers) != 2 or numbers[0] ** 2 + numbers[1] ** 2 != 1:
             raise ValueError(f"base is {base}; a rational point (cos u, sin u) on the circle is needed for sin")
-        return Fraction(base[0]), Fraction(base[1])
-    if isinstance(base, tuple) or not Fraction(base) > 0 or Fraction(base) == 1:
+        return tuple(numbers)
+    if isinstance(base, tuple) or not numbers[0] > 0 or numbers[0] == 1:
         raise ValueError(f"base is {base}; a positive rational other than 1 is needed for {act}")
-    return Fraction(base)
+    return numbers[0]
 
 
 def _rotate(base: tuple[Fraction, Fraction], k: int) -> tuple[Fraction, Fraction]:
@@ -161,10 +167,16 @@ class ExactPoint:
 
     def __post_init__(self) -> None:
         check_base(self.act, self.base)
-        sizes = {len(a) for a in self.multiples}
-        if len(sizes) != 1 or 0 in sizes or len(self.multiples) != len(self.v):
+        try:
+            sizes = {len([operator.index(k) for k in a]) for a in self.multiples}
+            count = len([Fraction(t) for t in self.v])
+        except (TypeError, ValueError, OverflowError):
             raise ValueError(
-                f"multiples hold {len(self.multiples)} neurons of {sorted(sizes)} integers, v {len(self.v)} numbers; "
+                f"multiples are {self.multiples!r}, v is {self.v!r}; tuples of integers and rational numbers are needed"
+            ) from None
+        if len(sizes) != 1 or 0 in sizes or len(self.multiples) != count:
+            raise ValueError(
+                f"multiples hold {len(self.multiples)} neurons of {sorted(sizes)} integers, v {count} numbers; "
                 "as many of each, all of D integers, are needed"
             )
 

@@ -215,4 +215,10 @@ def eyring_kramers(
     if not T > 0 or n_saddles < 1:
         raise ValueError(f"T is {T}, n_saddles {n_saddles}; positive numbers are needed")
     ratio = float((at_saddle.abs().log().sum() - at_min.log().sum()).exp().sqrt())
-    return 2 * math.pi / (n_saddles * abs(float(at_saddle[0]))) * ratio * math.exp(barrier / T)
+    return (
+        2
+        * math.pi
+        / (n_saddles * abs(float(at_saddle[0])))
+        * ratio
+        * (math.exp(barrier / T) if barrier / T < 709 else math.inf)
+    )

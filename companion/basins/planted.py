@@ -13,7 +13,8 @@ from companion.arguments import checked
 from companion.basins.shallow import check_shallow, dual_function, loss_derivatives
 from companion.networks import Activation
 
-_ROUNDING = 1e-7  # curvature below this fraction of its terms may be nothing but rounding
+_ROUNDING = 1e-12  # curvature below this fraction of its terms may be nothing but rounding
+_FLAT = 1e-7  # and below this one a search that stopped at 1e-12 cannot tell it from none
 
 
 class Planted(NamedTuple):
@@ -67,7 +68,7 @@ def plant_bad_minimum(
     if not float(e.abs().max()) > 0:
         raise ValueError("e is zero; a normal that is not zero is needed")
     H = sigma.value(X @ W)  # (N, m)
-    pool = torch.randn(D, 4000, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(X)
+    pool = torch.randn(D, 4000, generator=torch.Generator().manual_seed(seed % 2**63), dtype=torch.float64).to(X)
     scales = torch.logspace(-1, 1, 4000, dtype=torch.float64, device="cpu").to(X)
     pool = pool * scales / (float(X.square().mean().sqrt()) or 1.0)
     features = sigma.value(X @ pool)
@@ -100,23 +101,31 @@ def plant_bad_minimum(
         if float(losses[best]) < loss * (1 - 1e-6):
             competitor = [pool[:, best : best + 1].clone(), c[best].reshape(1, 1)]
             planted = Planted([W.clone(), v[:, None]], y[:, None], loss, competitor, float(losses[best]))
-            _check_minimum(planted, X, act)
+            _check_minimum(planted.weights, X, planted.Y, sigma)
             return planted
         v = v / 2
     raise ValueError("no competitor was found; another seed or other touching points are needed")
 
 
-def _check_minimum(planted: Planted, X: Tensor, act: str | Activation) -> None:
-    """Refuse a point whose Hessian is not positive beyond rounding, or far from where its gradient vanishes."""
-    d = loss_derivatives(planted.weights, X, planted.Y, act)
-    values = torch.linalg.eigvalsh(d.hessian)[0]
-    size = max(float(T.abs().max()) for T in planted.weights)
-    rounding = torch.finfo(X.dtype).eps * len(values) * float(values[-1])
-    distance = float(torch.linalg.vector_norm(d.gradient)) / max(float(values[0]), 1e-300)
-    if not float(values[0]) > 100 * rounding or distance > 1e-6 * size:
+def _check_minimum(weights: list[Tensor], X: Tensor, Y: Tensor, sigma: Activation) -> None:
+    """Refuse a Hessian H that is not positive, or that twice the Newton step changes by 1/1000 in its own norm.
+
+    ``||H^-1/2 (H' - H) H^-1/2||`` does not depend on how weights are scaled, and measures how far the minimum is.
+    """
+    W, V = weights
+    d = loss_derivatives(weights, X, Y, sigma)
+    (H,), (gradient,) = d.hessian, d.gradient
+    root, failed = torch.linalg.cholesky_ex(H)
+    change = float("inf")
+    if not int(failed):
+        step = 2 * torch.cholesky_solve(gradient[:, None], root)[:, 0]
+        moved = [W - step[len(V) :].view(W.T.shape).T, V - step[: len(V), None]]
+        half = torch.linalg.solve_triangular(root, loss_derivatives(moved, X, Y, sigma).hessian[0] - H, upper=False)
+        change = float(torch.linalg.matrix_norm(torch.linalg.solve_triangular(root, half.T, upper=False), 2))
+    if not change < 1e-3:
         raise ValueError(
-            f"W, e and X give a point with Hessian eigenvalues from {float(values[0]):.3g} to {float(values[-1]):.3g}, "
-            f"about {distance:.3g} from a critical one; numbers less ill-conditioned are needed"
+            f"W, e and X give a point whose Hessian changes by {change:.2g} of itself within twice the Newton step; "
+            "numbers less ill-conditioned are needed"
         )
 
 
@@ -197,8 +206,8 @@ def touching_points(
     residual = F.norm(dim=1)
     independent = torch.linalg.svdvals(H)[:, -1] > 1e-3 if m <= N else torch.zeros_like(bounded)
     relative = _relative_curvature(e, X, sigma, W)
-    one_sign = (relative.amin(-1) > _ROUNDING) | (relative.amax(-1) < -_ROUNDING)
-    touches = (residual < 1e-12) & independent & bounded & (relative.abs().amax((1, 2)) > _ROUNDING)
+    one_sign = (relative.amin(-1) > _FLAT) | (relative.amax(-1) < -_FLAT)
+    touches = (residual < 1e-12) & independent & bounded & (relative.abs().amax((1, 2)) > _FLAT)
     return TouchingPoints(e, W, residual, touches, touches & one_sign.all(1))
 
 

@@ -129,7 +129,7 @@ def descent_road(
         Y: targets, shape (N, K).
         act: name or `Activation`.
         loss: the loss.
-        target: outputs F* to aim at, shape (N, K); needed for ``"logistic"``.
+        target: outputs F* to aim at, shape (N, K); needed for ``"logistic"``; None for the best on S.
         seed: of the pool of candidates for the silent neurons.
 
     Returns:
@@ -150,7 +150,7 @@ def descent_road(
     (W,), (V,) = stacked
     N, m = len(X), W.shape[1]
     H = sigma.value(X @ W)
-    pool, P = _candidates(X, sigma, torch.Generator().manual_seed(seed))
+    pool, P = _candidates(X, sigma, torch.Generator().manual_seed(seed % 2**63))
     V_A, free, Q = _slide(H, V, Y)
     # B: the silent neurons take the candidates farthest from the span
     fresh, Q = _pivots(P, Q, _NEW, relative=True)
@@ -170,7 +170,7 @@ def descent_road(
     aim = Y if target is None else target
     aim = aim if q == N else Q @ (Q.mT @ aim)
     step = _solve(H_B, aim - F)
-    end = 1.0 if loss == "square" else _line_minimum(F, H_B @ step, Y, loss)
+    end = 1.0 if loss == "square" and target is None else _line_minimum(F, H_B @ step, Y, loss)
     sigma_q = float(torch.linalg.svdvals(H_B)[q - 1])
     vertices = ((W, V), (W, V_A), (W_B, V_A), (W_B, V_A + end * step))
     return Road(vertices, q, sigma_q, aim, int(free.sum()), X, Y, sigma, loss)

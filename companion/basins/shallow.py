@@ -167,7 +167,7 @@ def pointwise(f: Tensor, y: Tensor, loss: str) -> tuple[Tensor, Tensor, Tensor]:
     raise ValueError(f"loss is {loss!r}; one of {', '.join(LOSSES)} is needed")
 
 
-@checked
+@checked(double=True)
 def dual_function(
     e: Float[Tensor, "*a N"], X: Float[Tensor, "*b N D"], act: str | Activation, W: Float[Tensor, "*c D m"]
 ) -> tuple[Float[Tensor, "S m"], Float[Tensor, "S m D"], Float[Tensor, "S m D D"]]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from companion.arguments import checked
 from companion.beyond_ntk import last_layer
 from companion.beyond_ntk.last_layer import Loss
-from companion.rigor import formulas, point
+from companion.rigor import formulas, norm, point
 
 # --- The rates, for any kind of number --------------------------------------------------------------------------------
 
@@ -40,7 +40,7 @@ def contraction(sigma_N: Any, N: int, step: Any, mu: Any = 1) -> Any:
     return step * mu * sigma_N**2 / N
 
 
-def cross_entropy_rate(sigma_N: Any, root_N: Any, K: int, t: Any, step: Any, V0_norm: Any) -> Any:
+def cross_entropy_rate(sigma_N: Any, root_N: Any, K: Any, t: Any, step: Any, V0_norm: Any) -> Any:
     """``(K-1)/t + (|V_0| + sqrt(N) log t / sigma_N)^2 / (2 eta t)``, see `cross_entropy_bound`."""
     return (K - 1) / t + gd_rate(V0_norm + root_N * formulas.log(t) / sigma_N, step, t)
 
@@ -217,7 +217,7 @@ def cross_entropy_bound(
         )
     if sigma_N == 0:
         return torch.full_like(t, math.inf)
-    return cross_entropy_rate(sigma_N, math.sqrt(N), K, t, step, V0_norm)
+    return cross_entropy_rate(sigma_N, math.sqrt(N), float(K), t, step, V0_norm)
 
 
 @checked
@@ -249,7 +249,7 @@ def kaczmarz_bound(
     miss = float(torch.linalg.vector_norm(M @ V - Y))
     if miss > 1e-6 * float(torch.linalg.vector_norm(Y)):
         raise ValueError(f"Y is off the range of M by {miss:.2g}; a consistent system M V = Y is needed")
-    factor = 1 - contraction(float(s[-1]), len(M), 1 / float(M.square().sum(1).max()))
+    factor = 1 - contraction(float(s[-1] / norm(M).max()), len(M), 1)  # the step is 1 / B^2
     return V, factor ** _times(t) * float((V0 - V).square().sum())
 
 

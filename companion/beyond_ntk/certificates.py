@@ -23,7 +23,7 @@ from companion import rigor
 from companion.arguments import checked
 from companion.beyond_ntk import bounds
 from companion.beyond_ntk.last_layer import Loss, centre, check_targets, smoothness
-from companion.certificate import Certificate, compare, silent
+from companion.certificate import Certificate, compare, show, silent
 from companion.data import equal_inputs
 from companion.networks.reading import Head, NoEnclosure, head, inputs, read
 from companion.rigor import Interval, formulas, modules, point
@@ -87,7 +87,7 @@ def _where(condition: Tensor, value: float, other: Interval) -> Interval:
 
 # --- G: the gap to the global minimum ---------------------------------------------------------------------------------
 
-GAP = "Gap: L - inf L over all parameters"
+_GAP = "Gap: L - inf L over all parameters"
 
 
 @checked
@@ -137,12 +137,12 @@ def certify_gap(
         network = read(model)
         end = None if ridge is None else head(network, last)
         if end and end.problem:
-            return silent(GAP, [], end.problem)
+            return silent(_GAP, [], end.problem)
         q, D = modules.enclose(network, X, batch=batch)
         if q.ndim != 2:
             raise NoEnclosure(f"the output has shape {tuple(q.shape[1:])} a sample, not a vector")
     except NoEnclosure as error:
-        return silent(GAP, [], f"no_enclosure: {error}")
+        return silent(_GAP, [], f"no_enclosure: {error}")
     check_targets("y", y, len(X), loss, q.shape[1])
     lower, upper = loss_bounds(q, D, y, loss)
     constant = bounds.duplicate_floor(torch.zeros(len(X), dtype=torch.int64, device="cpu"), y, loss)
@@ -154,8 +154,9 @@ def certify_gap(
         found |= _ridge_quantities(end, X, y, loss, ridge, batch)
     if not rows[0].holds:
         reason = f"vacuous: L <= {upper:.3g} was shown, and the best constant outputs have {constant:.3g}"
-        return Certificate(GAP, False, tuple(rows), found, reason)
-    return Certificate(GAP, True, tuple(rows), found)
+        return Certificate(_GAP, False, tuple(rows), found, reason)
+    says = f"L - inf L <= {show(gap, side='up')}, where the best constant outputs have L = {show(constant)}"
+    return Certificate(_GAP, True, tuple(rows), found, says=says)
 
 
 def _ridge_quantities(end: Head, X: Tensor, y: Tensor, loss: Loss, ridge: float, batch: int) -> dict[str, float]:
@@ -201,7 +202,7 @@ def _transposed_product(G: Interval, h: Tensor, D: Tensor) -> Interval:
 
 # --- R: the rate ------------------------------------------------------------------------------------------------------
 
-RATE = "Rate: gradient descent on the last layer"
+_RATE = "Rate: gradient descent on the last layer"
 
 
 @checked
@@ -262,16 +263,16 @@ def certify_rate(
     try:
         end = head(model, last)
         if end.problem:
-            return silent(RATE, [], end.problem)
+            return silent(_RATE, [], end.problem)
         N, width = len(X), end.last.in_features + (end.last.bias is not None)
         rows = [compare("columns of M", width, ">=", N, "exact")]
         if not rows[0].holds:
-            return silent(RATE, rows, f"width: M has {width} columns; at least N = {N} are needed")
+            return silent(_RATE, rows, f"width: M has {width} columns; at least N = {N} are needed")
         h, D = modules.enclose(end.network, X, before=end.last, batch=batch)
         if h.ndim != 2:
             raise NoEnclosure(f"the last layer's input has shape {tuple(h.shape[1:])} a sample, not a vector")
     except NoEnclosure as error:
-        return silent(RATE, [], f"no_enclosure: {error}")
+        return silent(_RATE, [], f"no_enclosure: {error}")
     A, E, V0_norm = _coordinates(end.last, h, D, centred)
     radius, floats = rigor.frobenius_norm_upper(E), rigor.sigma_min_lower(A, method=method)
     sigma = max(0.0, rigor.round_down(floats - radius))
@@ -280,14 +281,23 @@ def certify_rate(
     found = {"sigma_min": sigma, "sigma_max": top, "sigma_min_floats": floats, "radius": radius}
     if not sigma > 0 or not math.isfinite(top):
         reason = f"sigma_min: {floats:.2e} was shown of the computed matrix, whose radius is {radius:.2e}"
-        return Certificate(RATE, False, tuple(rows), found, reason)
+        return Certificate(_RATE, False, tuple(rows), found, reason)
     found |= _spectrum(N, loss, point(sigma), point(top))
     if not 0 < found["max_step"] < math.inf:
-        return Certificate(RATE, False, tuple(rows), found, f"range: sigma_1 = {top:.2e} is too large or too small")
+        return Certificate(_RATE, False, tuple(rows), found, f"range: sigma_1 = {top:.2e} is too large or too small")
     if y is not None:
         q = Interval.around(*rigor.dense_ball(h, D, end.last.weight, end.last.bias))
         found |= _bounds(q, y, loss, found, V0_norm, steps)
-    return Certificate(RATE, True, tuple(rows), found)
+    return Certificate(_RATE, True, tuple(rows), found, says=_gain(found, steps))
+
+
+def _gain(found: dict[str, float], steps: int) -> str:
+    """What was gained, for the first line."""
+    if "bound" not in found:
+        return f"rank M = N, σ_N >= {show(found['sigma_min'], side='down')}"
+    if found["bound"] == found["start"]:
+        return f"rank M = N, but the rate says nothing yet after {steps} steps (vacuous)"
+    return f"L <= {show(found['bound'], side='up')} after {steps} steps"
 
 
 def _coordinates(last: nn.Linear, h: Tensor, D: Tensor, centred: bool) -> tuple[Tensor, Tensor, Interval]:

@@ -120,7 +120,7 @@ def _some(pairs: list[tuple[int, int]], total: int | None = None, most: int = 5)
 
 # --- E: expressivity --------------------------------------------------------------------------------------------------
 
-EXPRESSIVITY = "Expressivity: rank M = N for almost every wide layer"
+_EXPRESSIVITY = "Expressivity: rank M = N for almost every wide layer"
 
 
 @checked
@@ -162,26 +162,26 @@ def certify_expressivity(
     try:
         end = head(model, last)
     except NoEnclosure as error:
-        return silent(EXPRESSIVITY, [], f"no_enclosure: {error}")
+        return silent(_EXPRESSIVITY, [], f"no_enclosure: {error}")
     if end.problem:
-        return silent(EXPRESSIVITY, [], end.problem)
+        return silent(_EXPRESSIVITY, [], end.problem)
     rows, reason = _expressive_rows(end, X)
     if reason:
-        return silent(EXPRESSIVITY, rows, reason)
+        return silent(_EXPRESSIVITY, rows, reason)
     try:
         xi, D = modules.enclose(end.network, X, before=end.wide, batch=batch)
         if xi.ndim != 2:
             raise NoEnclosure(f"the wide layer's input has shape {tuple(xi.shape[1:])} a sample, not a vector")
         found = separation(xi, D, seed=seed)
     except NoEnclosure as error:
-        return silent(EXPRESSIVITY, rows, f"no_enclosure: {error}")
+        return silent(_EXPRESSIVITY, rows, f"no_enclosure: {error}")
     radius = float(D.max())
     status = "certified" if radius else "exact"
     rows.append(compare("pairs ξ_i, ξ_j not shown distinct", found.unresolved, "=", 0, status))
     if found.unresolved:
         pairs = _some(found.pairs, found.unresolved)
         reason = f"not_separated: the lower features of samples {pairs}, known up to {radius:.1e}"
-        return silent(EXPRESSIVITY, rows, reason)
+        return silent(_EXPRESSIVITY, rows, reason)
     sorted_z = found.projection.sort().values
     quantities = {
         "rank": len(X),
@@ -190,7 +190,7 @@ def certify_expressivity(
         "largest_radius": radius,
         "least_gap": float(sorted_z.diff().min()) if len(X) > 1 else math.inf,
     }
-    return Certificate(EXPRESSIVITY, True, tuple(rows), quantities)
+    return Certificate(_EXPRESSIVITY, True, tuple(rows), quantities)
 
 
 def _expressive_rows(end: Head, X: Tensor) -> tuple[list[Assumption], str]:

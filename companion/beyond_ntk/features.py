@@ -6,7 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from companion.arguments import checked
+from companion.beyond_ntk.phase1 import evaluating, outputs
 
+
+@checked
 def empirical_ntk(model: nn.Module, X: Float[Tensor, "N ..."]) -> Float[Tensor, "N N"]:
     """Compute ``Theta_ij = sum_a <d f_a(x_i) / d theta, d f_a(x_j) / d theta>`` over all trainable parameters.
 
@@ -18,31 +22,31 @@ def empirical_ntk(model: nn.Module, X: Float[Tensor, "N ..."]) -> Float[Tensor, 
 
     Returns:
         ``(N, N)``, positive semidefinite.
+
+    Raises:
+        TypeError, ValueError: a model that fails on X, or whose output is no vector for each sample.
     """
-    modes = {part: part.training for part in model.modules()}
-    model.eval()
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     fixed = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
     fixed |= dict(model.named_buffers())
 
     def output(parameters: dict[str, Tensor], x: Tensor, code: Tensor) -> Tensor:
-        return (torch.func.functional_call(model, {**parameters, **fixed}, (x[None],))[0] * code).sum()
+        return (torch.func.functional_call(model, {**parameters, **fixed}, (x[None].clone(),))[0] * code).sum()
 
     gradients = torch.func.vmap(torch.func.grad(output), in_dims=(None, 0, None))
-    try:
-        with torch.no_grad():
-            K = model(X[:1]).shape[-1]
+    with evaluating(model):
+        q = outputs(model, X[:1])
+        if q.ndim != 2:
+            raise ValueError(f"the model's output has shape {tuple(q.shape[1:])} a sample; a vector is needed")
         gram = X.new_zeros(len(X), len(X))
-        for code in torch.eye(K, dtype=X.dtype, device=X.device):
+        for code in torch.eye(q.shape[1], dtype=X.dtype, device=X.device):
             for g in gradients(trained, X, code).values():
                 flat = g.reshape(len(X), -1)
                 gram += flat @ flat.T
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
     return gram
 
 
+@checked
 def cka(K: Float[Tensor, "N N"], G: Float[Tensor, "N N"]) -> float:
     """Compute ``<HKH, HGH> / (|HKH| |HGH|)``, ``H = I - 11^T/N``: 1 for kernels that agree up to a factor.
 

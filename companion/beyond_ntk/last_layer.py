@@ -35,7 +35,7 @@ def check_targets(name: str, Y: Tensor, N: int, loss: str | None, K: int | None 
 
     Args:
         name: what the caller calls them.
-        Y: targets ``(N, K)``, or ``(S, N, K)``, for the squared loss; integer labels ``(N,)`` for cross-entropy.
+        Y: targets ``(N, K)`` for the squared loss, integer labels ``(N,)`` for cross-entropy.
         N: number of samples.
         loss: ``"squared"`` or ``"cross_entropy"``; None for what the dtype says.
         K: number of outputs; None where it is not known.
@@ -56,7 +56,7 @@ def check_targets(name: str, Y: Tensor, N: int, loss: str | None, K: int | None 
     if Y.is_floating_point() != squared or Y.is_complex() or Y.dtype == torch.bool:
         what = "floating-point targets (N, K)" if squared else "integer labels (N,)"
         raise TypeError(f"{name} is {Y.dtype}; loss {loss!r} needs {what}")
-    if (Y.ndim < 2 if squared else Y.ndim != 1) or Y.shape[-2 if squared else 0] != N:
+    if Y.ndim != (2 if squared else 1) or len(Y) != N:
         shape, wrong = ("(N, K)", 1) if squared else ("(N,)", 2)
         repair = f"; write {name}[:, {'None' if squared else '0'}]" if Y.ndim == wrong and len(Y) == N else ""
         raise ValueError(f"{name} has shape {tuple(Y.shape)}; {shape} with N = {N} is needed{repair}")
@@ -64,8 +64,8 @@ def check_targets(name: str, Y: Tensor, N: int, loss: str | None, K: int | None 
     if squared:
         if not bool(torch.isfinite(Y).all()):
             raise ValueError(f"{name} holds NaN or infinity; finite numbers are needed")
-        if K is not None and Y.shape[-1] != K:
-            raise ValueError(f"{name} has {Y.shape[-1]} columns, but there are {K} outputs; they must be equal")
+        if K is not None and Y.shape[1] != K:
+            raise ValueError(f"{name} has {Y.shape[1]} columns, but there are {K} outputs; they must be equal")
         return Y, loss
     low, high = int(Y.min()), int(Y.max())
     if low < 0 or (K is not None and high >= K):
@@ -140,7 +140,8 @@ def average_loss(
     Returns:
         A number for each network.
     """
-    return pointwise(M @ V, check_problem(M, V, Y, loss), loss).mean(-1)
+    Y = check_problem(M, V, Y, loss)
+    return pointwise(M @ V, Y, loss).mean(-1)
 
 
 # --- The features' geometry -------------------------------------------------------------------------------------------
@@ -209,10 +210,10 @@ def centre(M: Float[Tensor, "... N p"]) -> Centred:
     return Centred(mean, torch.where(scale > 0, scale, 1.0))
 
 
-Map = Callable[[Tensor], Tensor]
+_Map = Callable[[Tensor], Tensor]
 
 
-def top_singular_value(apply: Map, transposed: Map, like: Tensor, rounds: int = 200) -> Float[Tensor, "*S"]:
+def top_singular_value(apply: _Map, transposed: _Map, like: Tensor, rounds: int = 200) -> Float[Tensor, "*S"]:
     """The largest singular value to about three digits, from below, by power iteration with a fixed start.
 
     `like` is ``(..., 1, p)`` and gives the number of columns, the dtype and the device.

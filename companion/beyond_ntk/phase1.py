@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from companion import runs
 from companion.beyond_ntk import last_layer
 
+_F64 = torch.float64
 _CHECKPOINT_SECONDS = 30.0
 
 
@@ -31,6 +32,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes.items():
             part.training = mode
+
+
+def outputs(model: nn.Module, rows: Tensor) -> Tensor:
+    """A model's outputs, on a copy of the rows, as its forward may work in place; or one sentence."""
+    try:
+        out = model(rows.clone())
+    except Exception as error:  # whatever the user's own forward may raise
+        first = str(error).strip().split("\n")[0]
+        raise ValueError(f"the model fails on X, {rows.dtype} {tuple(rows.shape)}: {first}") from error
+    if not isinstance(out, Tensor):
+        raise TypeError(f"the model returns a {type(out).__name__}; one tensor of outputs is needed")
+    return out
 
 
 @dataclass
@@ -54,8 +67,11 @@ class Phase1:
         rng = torch.get_rng_state()
         with evaluating(self.model):
             for name, function in self.observe.items():
-                value = torch.as_tensor(function(self.model)).detach().cpu().double()
-                self.observed.setdefault(name, []).append(value)
+                value = function(self.model)
+                plain = (
+                    value.detach().cpu() if isinstance(value, Tensor) else torch.tensor(value, device="cpu", dtype=_F64)
+                )
+                self.observed.setdefault(name, []).append(plain.double())
         torch.set_rng_state(rng)
         if self.epoch in self.keep:
             state = self.model.state_dict()
@@ -63,7 +79,13 @@ class Phase1:
 
     def results(self) -> tuple[Tensor, dict[str, Tensor], dict[int, dict[str, Tensor]]]:
         observed = {name: torch.stack(values) for name, values in self.observed.items()}
-        return torch.tensor(self.losses, dtype=torch.float64), observed, self.snapshots
+        return torch.tensor(self.losses, dtype=_F64, device="cpu"), observed, self.snapshots
+
+
+def batches(order: Tensor, batch: int) -> list[Tensor]:
+    """Cut an order into mini-batches; a single sample left over joins the last one, as BatchNorm cannot take it."""
+    parts = list(order.split(batch))
+    return [*parts[:-2], torch.cat(parts[-2:])] if len(parts) > 1 and len(parts[-1]) == 1 else parts
 
 
 def run_phase1(
@@ -80,7 +102,7 @@ def run_phase1(
     progress: bool | None,
 ) -> None:
     """tau epochs, resumable after any mini-batch."""
-    count = -(-len(X) // batch)
+    count = len(batches(torch.arange(len(X), device="cpu"), batch))
     devices = [X.device] if X.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.default_generator.manual_seed(seed)
@@ -97,7 +119,7 @@ def run_phase1(
         ):
             while state.epoch < tau:
                 order = torch.randperm(len(X), generator=torch.Generator().manual_seed(seed + state.epoch))
-                for part in order.split(batch)[state.place :]:
+                for part in batches(order, batch)[state.place :]:
                     _one_batch(state, X, y, part.to(X.device), loss, augment)
                     bar.update(1)
                     done += 1
@@ -119,7 +141,7 @@ def _one_batch(
 
     def closure() -> Tensor:
         state.rule.zero_grad()
-        value = last_layer.pointwise(state.model(rows), y[part], loss).mean()
+        value = last_layer.pointwise(state.model(rows.clone()), y[part], loss).mean()  # a forward may work in place
         value.backward()
         return value
 

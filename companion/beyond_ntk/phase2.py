@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from companion import descent
+from companion import descent, runs
 from companion.arguments import checked
 from companion.beyond_ntk.last_layer import (
     Centred,
@@ -93,6 +93,8 @@ def _descend(
 ) -> Phase2:
     """Gradient descent or Nesterov's method; M V is kept beside V, so that a step costs two products."""
     Y = check_problem(M, V0, Y, loss)
+    if M.ndim != V0.ndim or M.ndim > 3:
+        raise ValueError(f"M has {M.ndim} axes and V0 has {V0.ndim}; two, or three for several networks, are needed")
     single = M.ndim == 2
     M, V0 = (M[None], V0[None]) if single else (M, V0)
     frame = centre(M) if centred else None
@@ -447,6 +449,7 @@ def single_sample_sgd(
     eta = 1 / float(M.square().sum(1).max()) if step is None else step
     if not (math.isfinite(eta) and eta > 0):
         raise ValueError(f"step is {step}; a positive finite number is needed")
+    S, every = runs.count("S", S, 1), runs.count("every", every, 1)
     seed = int(torch.randint(2**62, (), generator=generator))
 
     def one(params: list[Tensor], k: int, go: bool) -> Tensor:

@@ -7,6 +7,7 @@ the unmodified one.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from companion import runs
+from companion.arguments import checked
 from companion.beyond_ntk import last_layer
-from companion.beyond_ntk.phase1 import Phase1, Store, evaluating, rules, run_phase1
+from companion.beyond_ntk.phase1 import Phase1, Store, evaluating, outputs, rules, run_phase1
 from companion.beyond_ntk.phase2 import (
     Phase2,
     phase2_gd,
@@ -36,8 +38,8 @@ METHODS: dict[str, Callable[..., Phase2]] = {
     "lbfgs": phase2_lbfgs,
     "momentum_sgd": phase2_momentum_sgd,
 }
-Make = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-Observables = Mapping[str, Callable[[nn.Module], Any]]
+_Make = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+_Observables = Mapping[str, Callable[[nn.Module], Any]]
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class TwoPhaseRun:
         before: the loss at ``theta^tau``, in eval mode.
         noisy: the loss after the noise.
         M: the frozen features ``[h, 1]`` after the noise, ``(N, m+1)``; without the 1 if the last layer has no bias.
+        after: the model's loss on the data at the end, in eval mode.
         phase2: the run of phase 2; None if there was none.
     """
 
@@ -62,17 +65,19 @@ class TwoPhaseRun:
     before: float
     noisy: float
     M: Tensor
+    after: float
     phase2: Phase2 | None = None
 
     @property
     def loss(self) -> float:
-        """The last loss in eval mode: an upper bound on the distance to the global minimum, whatever the rank."""
-        return self.noisy if self.phase2 is None else float(self.phase2.losses[-1])
+        """`after`: an upper bound on the distance to the global minimum, whatever the rank, up to rounding."""
+        return self.after
 
 
 # --- Features and parameters ------------------------------------------------------------------------------------------
 
 
+@checked
 def last_layer_features(
     model: nn.Module, last: nn.Linear, X: Float[Tensor, "N ..."], batch: int = 256
 ) -> Float[Tensor, "N m"]:
@@ -91,9 +96,10 @@ def last_layer_features(
         ValueError: `last` is no part of `model`, is not run exactly once, or is not final; empty data, NaN or infinity.
         TypeError: `last` is no linear layer, or X has no floating-point dtype.
     """
-    check_model(model, last)
-    check_inputs(X)
-    return _features(model, last, X, batch, constant=False)
+    _check_model(model, last)
+    if batch < 1:
+        raise ValueError(f"batch is {batch}; a number >= 1 is needed")
+    return _features(model, last, X, min(batch, len(X)), constant=False)
 
 
 def _features(model: nn.Module, last: nn.Linear, X: Tensor, batch: int, constant: bool) -> Tensor:
@@ -106,10 +112,17 @@ def _features(model: nn.Module, last: nn.Linear, X: Tensor, batch: int, constant
         with evaluating(model):
             for i, rows in enumerate(X.split(batch)):
                 seen.clear()
-                out = model(rows)
+                out = outputs(model, rows)
                 if len(seen) != 1:
                     raise ValueError(f"last ran {len(seen)} times in one pass; exactly once is needed")
                 h, own = seen[0]
+                if out.shape != (len(rows), last.out_features):
+                    raise ValueError(
+                        f"the model's outputs for {len(rows)} rows have shape {tuple(out.shape)}; "
+                        f"({len(rows)}, {last.out_features}), as last gives for vectors, is needed"
+                    )
+                if not bool(torch.isfinite(h).all()):
+                    raise ValueError("the features hold NaN or infinity; a smaller learning rate in phase 1 may help")
                 if not torch.equal(own, out):
                     raise ValueError("last is not the model's output; a final linear layer is needed")
                 if M is None:
@@ -119,41 +132,37 @@ def _features(model: nn.Module, last: nn.Linear, X: Tensor, batch: int, constant
         handle.remove()
     if constant:
         M[:, m] = 1
-    if not bool(torch.isfinite(M).all()):
-        raise ValueError("the features hold NaN or infinity; a smaller learning rate in phase 1 may help")
     return M
 
 
-def check_model(model: nn.Module, last: nn.Linear) -> None:
-    """Refuse a `last` that is no linear layer of `model`."""
+def _check_model(model: nn.Module, last: nn.Linear) -> None:
+    """Refuse a `last` that is no linear layer of `model`, or whose numbers another layer uses, too."""
     if not isinstance(last, nn.Linear):
         raise TypeError(f"last is {type(last).__name__}; a torch.nn.Linear is needed")
     if not any(part is last for part in model.modules()):
         raise ValueError("last is no part of model; pass the model's own final layer")
+    others = (
+        t for part in model.modules() if part is not last for t in (*part.parameters(False), *part.buffers(False))
+    )
+    memory = {t.untyped_storage().data_ptr() for t in others if t.numel()}
+    if any(p.untyped_storage().data_ptr() in memory for p in last.parameters()):
+        raise ValueError("last shares its parameters with another layer, which phase 2 would move, too; untie it first")
 
 
-def check_inputs(X: Tensor) -> None:
-    """Refuse inputs that are empty, not floating point, or not finite."""
-    if not X.is_floating_point():
-        raise TypeError(f"X has dtype {X.dtype}; a floating-point dtype is needed, as pixels or features in float32")
-    if X.ndim < 2 or X.numel() == 0:
-        raise ValueError(f"X has shape {tuple(X.shape)}; at least one sample of at least one number is needed")
-    if not bool(torch.isfinite(X).all()):
-        raise ValueError("X holds NaN or infinity; finite numbers are needed")
-
-
+@checked
 def with_constant(h: Float[Tensor, "... N m"]) -> Float[Tensor, "... N p"]:
     """Append the constant column: ``M = [h, 1]``."""
     return torch.cat([h, h.new_ones(*h.shape[:-1], 1)], -1)
 
 
+@checked
 def last_weights(last: nn.Linear) -> Float[Tensor, "p K"]:
     """The last layer as ``V``: weights transposed, then the bias as the last row, if there is one."""
     W = last.weight.detach().mT
     return W.clone() if last.bias is None else torch.cat([W, last.bias.detach()[None]])
 
 
-def set_last_weights(last: nn.Linear, V: Float[Tensor, "p K"]) -> None:
+def _set_last_weights(last: nn.Linear, V: Float[Tensor, "p K"]) -> None:
     """Write ``V`` into the last layer; nothing else in the model changes."""
     m = last.in_features
     with torch.no_grad():
@@ -165,7 +174,7 @@ def set_last_weights(last: nn.Linear, V: Float[Tensor, "p K"]) -> None:
 def hidden_parameters(
     model: nn.Module, last: nn.Linear, where: str = "all", wide: nn.Module | None = None
 ) -> list[nn.Parameter]:
-    """The parameters that get noise: all but the last layer's, or the wide layer's only; never a buffer.
+    """The trainable parameters that get noise: all but the last layer's, or the wide layer's only; never a buffer.
 
     Args:
         model: any module.
@@ -177,9 +186,9 @@ def hidden_parameters(
         The parameters, in the model's order.
 
     Raises:
-        ValueError: an unknown `where`, or no wide layer.
+        ValueError: an unknown `where`, no wide layer or one of another model, or no trainable parameter.
     """
-    check_model(model, last)
+    _check_model(model, last)
     if where not in ("all", "wide"):
         raise ValueError(f"where is {where!r}; 'all' or 'wide' is needed")
     if where == "wide":
@@ -189,9 +198,15 @@ def hidden_parameters(
             if place == 0:
                 raise ValueError("model has no linear layer before last; name the wide layer")
             wide = linear[place - 1]
-        return list(wide.parameters())
+        if wide is last or not any(part is wide for part in model.modules()):
+            raise ValueError("wide is no hidden layer of model; pass the model's own wide layer")
     own = {id(p) for p in last.parameters()}
-    return [p for p in model.parameters() if id(p) not in own]
+    found = [p for p in (model if where == "all" else wide).parameters() if p.requires_grad and id(p) not in own]
+    if not found:
+        raise ValueError(
+            "model has no trainable parameter for the noise; with noise=None it runs, without a promise of rank"
+        )
+    return found
 
 
 def relative_noise(
@@ -230,12 +245,13 @@ def relative_noise(
 # --- The recipe -------------------------------------------------------------------------------------------------------
 
 
+@checked
 def two_phase(
     model: nn.Module,
     last: nn.Linear,
     X: Float[Tensor, "N ..."],
     y: Tensor,
-    optimizer: torch.optim.Optimizer | Make,
+    optimizer: torch.optim.Optimizer | _Make,
     tau: int,
     *,
     loss: str = "cross_entropy",
@@ -250,7 +266,7 @@ def two_phase(
     options: Mapping[str, Any] | None = None,
     double: bool = True,
     generator: torch.Generator,
-    observe: Observables | None = None,
+    observe: _Observables | None = None,
     snapshots: Sequence[int] = (),
     checkpoint: str | Path | None = None,
     checkpoint_every: int | None = None,
@@ -276,7 +292,8 @@ def two_phase(
         scheduler: makes a learning-rate scheduler from the optimizer, stepped after every epoch.
         noise: relative size, see `relative_noise`; None for no noise (then the rank is not guaranteed).
         floor: least size of the noise.
-        where: ``"all"`` hidden parameters, or the ``"wide"`` layer's only (enough if its inputs are distinct).
+        where: ``"all"`` hidden parameters, or the ``"wide"`` layer's only (enough if its inputs are distinct). What
+            does not require a gradient is frozen and gets none.
         wide: the wide layer; None for the linear layer before `last`.
         phase2: one of `METHODS`, or None.
         options: arguments of the phase-2 function. `momentum_sgd` continues with the optimizer's learning rate,
@@ -292,25 +309,35 @@ def two_phase(
         progress: show a bar; None for only in a terminal.
 
     Returns:
-        The run.
+        The run. With `double`, the model has become float64 and asks for float64 inputs from then on.
 
     Raises:
-        ValueError: an argument out of range, data or a checkpoint that does not fit, or a loss that is not finite.
+        ValueError: an argument out of range; a model, an optimizer, data or a checkpoint that do not belong together
+            (before anything is changed: two rows are tried on a copy); a loss that is not finite.
         TypeError: a wrong type or dtype.
         KeyboardInterrupt: after saving, if a checkpoint was asked for.
     """
-    _check(model, last, X, y, tau, loss, batch, phase2, snapshots)
+    y = _check(model, last, X, y, tau, loss, batch, phase2, snapshots)
+    if noise is not None:
+        hidden_parameters(model, last, where, wide)
+    _rehearse(model, last, X[:2], y[:2], loss, tau)
     rule = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(model.parameters())
     if not isinstance(rule, torch.optim.Optimizer):
         raise TypeError(f"optimizer made {type(rule).__name__}; a torch.optim.Optimizer is needed")
+    own = {id(p) for p in model.parameters()}
+    if any(id(p) not in own for group in rule.param_groups for p in group["params"]):
+        raise ValueError("optimizer holds parameters that are not the model's; make it from model.parameters()")
+    schedule = scheduler(rule) if scheduler else None
     seed = int(torch.randint(2**62, (), generator=generator))
     settings = {"tau": tau, "loss": loss, "batch": batch, "seed": seed, "snapshots": sorted(snapshots)}
-    settings |= {"observables": sorted(observe or {}), "X": runs.digest(X), "y": runs.digest(y)}
+    settings |= {"observables": {name: runs.identity(f) for name, f in sorted((observe or {}).items())}}
+    settings |= {"augmentation": augment and runs.identity(augment), "X": runs.digest(X), "y": runs.digest(y)}
     settings |= {"model": runs.digest(model.state_dict()), "optimizer": [type(rule).__name__, rules(rule)]}
-    state = Phase1(model, rule, scheduler(rule) if scheduler else None, dict(observe or {}), set(snapshots))
+    settings |= {"scheduler": [type(schedule).__name__, repr(schedule and schedule.state_dict())]}
+    state = Phase1(model, rule, schedule, dict(observe or {}), set(snapshots))
     store = Store(Path(checkpoint), settings) if checkpoint is not None else None
     run_phase1(state, X, y, tau, loss, batch, augment, seed, store, checkpoint_every, progress)
-    before = _loss(model, last, X, y, loss, batch)
+    before = _loss(model, X, y, loss, batch)
     if double and phase2 is not None:
         model.double()
         X, y = X.double(), y.double() if loss == "squared" else y
@@ -318,14 +345,15 @@ def two_phase(
         g = torch.Generator().manual_seed((seed + 1) % 2**62)
         relative_noise(hidden_parameters(model, last, where, wide), noise, floor, generator=g)
     M = _features(model, last, X, max(batch, 256), constant=last.bias is not None)
-    noisy = float(last_layer.average_loss(M, last_weights(last), y, loss))
+    noisy = after = _loss(model, X, y, loss, batch)
     result = None
     if phase2 is not None:
         chosen = _options(phase2, dict(options or {}), last, rule, batch, seed, loss, progress, store)
         result = METHODS[phase2](M, last_weights(last), y, **chosen)
-        set_last_weights(last, result.V)
+        _set_last_weights(last, result.V)
+        after = _loss(model, X, y, loss, batch)
     model.eval()
-    return TwoPhaseRun(tau, *state.results(), before, noisy, M, result)
+    return TwoPhaseRun(tau, *state.results(), before, noisy, M, after, result)
 
 
 def _check(
@@ -338,19 +366,34 @@ def _check(
     batch: int,
     phase2: str | None,
     snapshots: Sequence[int],
-) -> None:
-    check_model(model, last)
-    check_inputs(X)
+) -> Tensor:
+    """Refuse what does not fit; the targets, labels as int64."""
+    _check_model(model, last)
+    if X.ndim < 2:
+        raise ValueError(f"X has shape {tuple(X.shape)}; one sample a row, (N, ...), is needed")
     if phase2 is not None and phase2 not in METHODS:
         raise ValueError(f"phase2 is {phase2!r}; one of {', '.join(METHODS)}, or None, is needed")
     if tau < 0 or batch < 1:
         raise ValueError(f"tau is {tau} and batch is {batch}; tau >= 0 and batch >= 1 are needed")
-    if not set(snapshots) <= set(range(tau + 1)):
+    if not all(0 <= epoch <= tau for epoch in snapshots):
         raise ValueError(f"snapshots is {sorted(snapshots)}; epochs from 0 to tau = {tau} are needed")
-    if len(X) != len(y):
-        raise ValueError(f"X has {len(X)} rows and y has {len(y)}; they must be equal")
-    # a last layer of the right shape stands for the features, so that the loss' own checks speak
-    last_layer.check_problem(X.new_ones(len(X), 1), X.new_zeros(1, last.out_features), y, loss)
+    return last_layer.check_targets("y", y, len(X), loss, last.out_features)[0]
+
+
+def _rehearse(model: nn.Module, last: nn.Linear, X: Tensor, y: Tensor, loss: str, tau: int) -> None:
+    """Two rows through a copy, in eval mode and in train mode: what would fail later fails before anything changed."""
+    try:
+        twin = copy.deepcopy(model)
+    except Exception as error:  # a parameter that is no leaf, a lock, an open file
+        raise ValueError(
+            f"model cannot be copied ({str(error).strip()}); two rows are tried on a copy first"
+        ) from error
+    place = next(i for i, part in enumerate(model.modules()) if part is last)
+    with torch.random.fork_rng(devices=[X.device] if X.device.type == "cuda" else []):
+        _features(twin, list(twin.modules())[place], X, 2, constant=False)
+        if tau:
+            with torch.no_grad():
+                last_layer.pointwise(outputs(twin.train(), X), y, loss)
 
 
 def _options(
@@ -385,12 +428,12 @@ def _options(
     return options
 
 
-def _loss(model: nn.Module, last: nn.Linear, X: Tensor, y: Tensor, loss: str, batch: int) -> float:
+def _loss(model: nn.Module, X: Tensor, y: Tensor, loss: str, batch: int) -> float:
     """The loss in eval mode."""
     total = 0.0
     with evaluating(model):
         for rows, targets in zip(X.split(max(batch, 256)), y.split(max(batch, 256)), strict=True):
-            total += float(last_layer.pointwise(model(rows).double(), _double(targets), loss).sum())
+            total += float(last_layer.pointwise(outputs(model, rows).double(), _double(targets), loss).sum())
     return total / len(X)
 
 

@@ -9,7 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from companion.arguments import checked
+from companion.beyond_ntk.phase1 import outputs
 
+
+@checked
 def tied_floor(Y: Float[Tensor, "N K"]) -> float:
     """Compute ``(1/2N) sum_{k >= 2} sigma_k^2(Y - mean Y)``: no network with equal wide neurons gets below.
 
@@ -59,6 +63,7 @@ class TiedNet(nn.Module):
         return self.m * nn.functional.linear(h, self.w) + self.b
 
 
+@checked
 def tie(model: nn.Sequential) -> nn.Sequential:
     """Copy a network and give all its wide neurons the weights of the first, incoming and outgoing.
 
@@ -76,6 +81,7 @@ def tie(model: nn.Sequential) -> nn.Sequential:
     return twin
 
 
+@checked
 def untie(net: TiedNet, model: nn.Sequential) -> nn.Sequential:
     """Copy a `TiedNet` back into an ordinary network of the layout of `model`.
 
@@ -98,6 +104,7 @@ def untie(net: TiedNet, model: nn.Sequential) -> nn.Sequential:
     return twin
 
 
+@checked
 def tied_train(
     model: nn.Sequential,
     X: Float[Tensor, "N d"],
@@ -127,7 +134,7 @@ def tied_train(
     losses = torch.zeros(steps + 1, dtype=X.dtype, device=X.device)
     for k in range(steps + 1):
         rule.zero_grad()
-        loss = 0.5 * (net(X) - Y).square().sum(1).mean()
+        loss = 0.5 * (outputs(net, X) - Y).square().sum(1).mean()
         losses[k] = loss.detach()
         if k < steps:
             loss.backward()

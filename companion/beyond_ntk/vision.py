@@ -19,16 +19,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from companion.arguments import checked
 from companion.networks.layers import Residual, Softplus
 
-Make = Callable[[], nn.Module]
+_Make = Callable[[], nn.Module]
 
 
+@checked
 def mlp(
     widths: Sequence[int],
     *,
-    activation: Make = Softplus,
-    dropout: float = 0.0,
+    activation: _Make = Softplus,
     generator: torch.Generator,
     dtype: torch.dtype = torch.float64,
     device: torch.device | str | None = None,
@@ -38,7 +39,6 @@ def mlp(
     Args:
         widths: ``(d, n_1, ..., m, K)``; the last hidden layer, of width m, is the wide one.
         activation: called without arguments for each activation, e.g. ``lambda: Softplus(10.0)`` or ``nn.Tanh``.
-        dropout: probability of dropping a lower layer's neuron in training; 0 for none.
         generator: CPU generator for the initial parameters, see `initialize`.
         dtype: of the parameters.
         device: where they live.
@@ -47,25 +47,23 @@ def mlp(
         The network; `last` and `wide` are attributes, and lower parts are called ``linear1``, ``activation1``, ...
 
     Raises:
-        ValueError: fewer than three widths or a width below 1, or a probability outside [0, 1).
+        ValueError: fewer than three widths, or a width below 1.
     """
     widths = [int(n) for n in widths]
     if len(widths) < 3 or min(widths) < 1:
         raise ValueError(f"widths is {tuple(widths)}; (d, ..., m, K) with at least one hidden layer is needed")
-    _check_dropout(dropout)
     with torch.random.fork_rng(devices=[]):  # torch's constructors draw numbers of their own, which are not used
         parts: OrderedDict[str, nn.Module] = OrderedDict()
         for l, (n_in, n_out) in enumerate(itertools.pairwise(widths[:-2]), 1):
             parts[f"linear{l}"] = nn.Linear(n_in, n_out)
             parts[f"activation{l}"] = activation()
-            if dropout:
-                parts[f"dropout{l}"] = nn.Dropout(dropout)
         parts["wide"] = nn.Linear(widths[-3], widths[-2])
         parts["wide_activation"] = activation()
         parts["last"] = nn.Linear(widths[-2], widths[-1])
     return initialize(nn.Sequential(parts), generator, dtype=dtype, device=device)
 
 
+@checked
 def conv_resnet(
     image: Sequence[int],
     channels: Sequence[int],
@@ -73,8 +71,7 @@ def conv_resnet(
     classes: int,
     *,
     blocks: int = 1,
-    activation: Make = Softplus,
-    dropout: float = 0.0,
+    activation: _Make = Softplus,
     generator: torch.Generator,
     dtype: torch.dtype = torch.float64,
     device: torch.device | str | None = None,
@@ -93,7 +90,6 @@ def conv_resnet(
         classes: number of outputs K.
         blocks: residual blocks in each stage.
         activation: called without arguments for each activation.
-        dropout: probability of dropping a coordinate of ``xi`` in training; 0 for none.
         generator: CPU generator for the initial parameters, see `initialize`.
         dtype: of the parameters.
         device: where they live.
@@ -103,17 +99,16 @@ def conv_resnet(
         ``last`` are attributes.
 
     Raises:
-        ValueError: sizes below 1, or a probability outside [0, 1).
+        ValueError: sizes below 1.
     """
     image, channels = [int(n) for n in image], [int(n) for n in channels]
     if len(image) != 3 or min(image) < 1:
         raise ValueError(f"image is {tuple(image)}; (C, height, width) is needed")
-    if len(channels) < 2 or min(*channels, wide, classes, blocks) < 1:
+    if len(channels) < 2 or min(*channels, wide, classes, blocks) < 1 or max(*channels, wide, classes) >= 2**31:
         raise ValueError(
             f"channels, wide, classes, blocks are {tuple(channels)}, {wide}, {classes}, {blocks}; a stem, at least one "
             "stage, and numbers >= 1 are needed"
         )
-    _check_dropout(dropout)
     with torch.random.fork_rng(devices=[]):
         parts: OrderedDict[str, nn.Module] = OrderedDict(fold=nn.Unflatten(1, tuple(image)))
         parts["stem"] = nn.Sequential(*_conv_bn(image[0], channels[0]), activation())
@@ -126,17 +121,10 @@ def conv_resnet(
             parts[f"stage{s}"] = nn.Sequential(*stage)
         parts["pool"] = nn.AvgPool2d((height, width))
         parts["flatten"] = nn.Flatten()
-        if dropout:
-            parts["dropout"] = nn.Dropout(dropout)
         parts["wide"] = nn.Linear(channels[-1], wide)
         parts["wide_activation"] = activation()
         parts["last"] = nn.Linear(wide, classes)
     return initialize(nn.Sequential(parts), generator, dtype=dtype, device=device)
-
-
-def _check_dropout(dropout: float) -> None:
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout is {dropout}; a probability in [0, 1) is needed")
 
 
 def _conv_bn(n_in: int, n_out: int, size: int = 3, stride: int = 1) -> tuple[nn.Module, nn.Module]:
@@ -144,13 +132,14 @@ def _conv_bn(n_in: int, n_out: int, size: int = 3, stride: int = 1) -> tuple[nn.
     return nn.Conv2d(n_in, n_out, size, stride=stride, padding=size // 2, bias=False), nn.BatchNorm2d(n_out)
 
 
-def _block(n_in: int, n_out: int, stride: int, activation: Make) -> nn.Sequential:
+def _block(n_in: int, n_out: int, stride: int, activation: _Make) -> nn.Sequential:
     body = nn.Sequential(*_conv_bn(n_in, n_out, stride=stride), activation(), *_conv_bn(n_out, n_out))
     same = n_in == n_out and stride == 1
     shortcut = nn.Identity() if same else nn.Sequential(*_conv_bn(n_in, n_out, size=1, stride=stride))
     return nn.Sequential(Residual(body, shortcut), activation())
 
 
+@checked
 def initialize(
     model: nn.Module,
     generator: torch.Generator,
@@ -190,6 +179,7 @@ def initialize(
     return model
 
 
+@checked
 def random_shift(image: Sequence[int], pixels: int = 1) -> Callable[[Float[Tensor, "N d"]], Float[Tensor, "N d"]]:
     """Make an augmentation ``x -> x`` moved by up to `pixels` in both directions, with zeros moving in.
 

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from companion.arguments import checked
+
 
 class Witness(NamedTuple):
     """Wide-layer weights on scalar features z that make ``M = [sigma(a_j z_i + b_j), 1]`` square and invertible.
@@ -26,6 +28,7 @@ class Witness(NamedTuple):
     bound: float
 
 
+@checked
 def spline_witness(z: Float[Tensor, " N"], beta: float, s: float | None = None) -> Witness:
     """Build ``sigma_beta(s (z - z_j))``, ``j < N``: ``sigma_N(M) >= min(1, s) (1/F - N ln2 / (beta s))``.
 
@@ -41,7 +44,7 @@ def spline_witness(z: Float[Tensor, " N"], beta: float, s: float | None = None) 
         The witness.
 
     Raises:
-        ValueError: fewer than two numbers, equal ones (named), or a scale that is too small.
+        ValueError: fewer than two numbers, equal or nearly equal ones (named), beta or a scale that is too small.
     """
     N = len(z)
     order = torch.argsort(z)
@@ -52,13 +55,17 @@ def spline_witness(z: Float[Tensor, " N"], beta: float, s: float | None = None) 
     if not bool((gaps > 0).all()):
         i = int((gaps <= 0).nonzero()[0])
         raise ValueError(f"z[{int(order[i])}] and z[{int(order[i + 1])}] are equal; distinct numbers are needed")
-    F = math.sqrt(1 + 6 * (N - 1) / float(gaps.min()) ** 2)
+    if not beta > 0:
+        raise ValueError(f"beta is {beta}; a positive number is needed")
+    F = math.hypot(1.0, math.sqrt(6 * (N - 1)) / float(gaps.min()))
     least = N * F * math.log(2) / beta
+    if not math.isfinite(4 * least * float(sorted_z.abs().max())):
+        raise ValueError(f"z has a gap of {float(gaps.min()):.2g}; the weights overflow, larger gaps are needed")
     s = 4 * least if s is None else s
     if not s > least:
         raise ValueError(f"s is {s}; more than N F ln2 / beta = {least:.3g} is needed")
-    weight = torch.full((N - 1,), float(s), dtype=torch.float64)
+    weight = torch.full_like(sorted_z[:-1], float(s))
     h = torch.logaddexp(beta * s * (z.double()[:, None] - sorted_z[:-1]), z.new_zeros((), dtype=torch.float64)) / beta
-    M = torch.cat([h, torch.ones(N, 1, dtype=torch.float64)], 1)
+    M = torch.cat([h, z.new_ones(N, 1, dtype=torch.float64)], 1)
     bound = min(1.0, s) * (1 / F - N * math.log(2) / (beta * s))
     return Witness(weight, -s * sorted_z[:-1], M, bound)

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from companion import data, rigor
 from companion.arguments import checked
-from companion.certificate import Assumption, Certificate, assumed, compare, gather, silent
+from companion.certificate import Assumption, Certificate, assumed, compare, gather, show, silent
 from companion.mean_field.blocks import Block, check_fit, check_positive, like
 from companion.mean_field.hypotheses import warn_order
 from companion.mean_field.jacobian import Centre, centre, local_region, uniform_region
 from companion.mean_field.resnets import clash
 from companion.rigor.formulas import lower, minimum, number, sqrt, upper
 
-_SMALLEST = ("lambda", "rate", "h_max")  # of an ensemble's quantities; of the others the largest
+_SMALLEST = ("lambda", "rate", "max_step")  # of an ensemble's quantities; of the others the largest
 
 
 @checked(double=True)
@@ -62,7 +62,7 @@ def certify_zero_loss(
         ``duplicate_inputs (i,j)``, ``no_constants``, ``kernel_singular``, ``radius_diverged``, ``residual_too_large``,
         ``step_too_large``. ``quantities``: ``lambda``, ``Lambda``, ``ratio`` (8 or 4 times
         ``Lambda |r| / lambda``), ``rate`` (per step, or per unit of s), ``movement`` (bounds ``||Theta - Theta_0||_*``
-        for ever), ``R_s``, ``h_max``, ``beta``, ``E_0``, ``residual``.
+        for ever), ``R_s``, ``max_step``, ``beta``, ``E_0``, ``residual``.
 
     Warns:
         UserWarning: ``d = 1`` and y not monotone along x.
@@ -120,7 +120,7 @@ def _certificate(
     """The rows, the quantities and the reason for one network."""
     factor, theta = (4 if step is None else 8), number(theta, level)
     of = like(theta)
-    r, lam, kappa = of(at.r), of(at.lam), rigor.norm(of(v))
+    r, lam, kappa = of(at.r), of(at.lam), upper(rigor.norm(of(v)))
     values = {"lambda": at.lam, "E_0": upper(r**2 / (2 * n)), "residual": at.r}
     rows = [
         Assumption("inputs distinct, or merged with equal targets", True, "is", True, "exact", True),
@@ -147,15 +147,11 @@ def _certificate(
     }
     reason = "" if rows[-1].holds else f"residual_too_large: {factor} Λ|r|/λ = {values['ratio']:.3g}"
     if step is not None:
-        values["h_max"] = lower(n / (beta**2 + region.Lambda * r))
-        rows.append(compare("h, against h_max", step, "<=", values["h_max"], level))
+        values["max_step"] = lower(n / (beta**2 + region.Lambda * r))
+        rows.append(compare("h, against h_max", step, "<=", values["max_step"], level))
         if not reason and not rows[-1].holds:
-            reason = f"step_too_large: h = {step:.3g}, h_max = {_below(values['h_max'])}"
+            reason = f"step_too_large: h = {step:.3g}, h_max = {show(values['max_step'], side='down')}"
     rows.append(assumed("gradient descent in exact arithmetic" if step is not None else "the flow"))
-    return Certificate(_name(step), not reason, tuple(rows), values, reason)
-
-
-def _below(x: float) -> str:
-    """Three digits of x rounded down, so that the printed step may be fed back."""
-    short = f"{x:.3g}"
-    return short if float(short) <= x else f"{float(short) - 10.0 ** (math.floor(math.log10(x)) - 2):.3g}"
+    rate = show(values["rate"], side="down")
+    says = f"E_j <= (1 - {rate})^j E_0" if step is not None else f"E <= E_0 exp(-{rate} s)"
+    return Certificate(_name(step), not reason, tuple(rows), values, reason, says="" if reason else says)

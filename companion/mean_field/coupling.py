@@ -27,7 +27,7 @@ from torch import Tensor
 
 from companion import rigor
 from companion.arguments import checked
-from companion.certificate import Certificate, assumed, compare, silent
+from companion.certificate import Certificate, assumed, compare, show, silent
 from companion.mean_field.blocks import BallBump, Block, Constants, check_fit, check_positive
 from companion.mean_field.flow import limit_flow
 from companion.mean_field.hypotheses import warn_order
@@ -360,7 +360,8 @@ def coupling_bound(
         values |= _sizes(c, rbar, h, epsilon, eta, options)
     rows.append(compare("bound on E |E_LM - E_ρ|, against E₀", bound, "<", E_0))
     reason = "" if rows[-1].holds else f"vacuous: the bound {bound:.3g} is not below E_0 = {E_0:.3g}"
-    return Certificate(_NAME, not reason, tuple(rows), values, reason)
+    says = "" if reason else f"E |E_LM - E_ρ| <= {show(bound, side='up')} where E_0 = {E_0:.3g}"
+    return Certificate(_NAME, not reason, tuple(rows), values, reason, says=says)
 
 
 def _sizes(

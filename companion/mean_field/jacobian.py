@@ -15,6 +15,7 @@ rounding is counted, and the upper end of the result is certified.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -211,7 +212,7 @@ def lipschitz_bound(
     block: Block,
     theta: Float[Tensor, "L M k"] | Interval,
     n: int,
-    kappa: float | Numbers = 1.0,
+    kappa: float = 1.0,
     *,
     radius: float = 0.0,
     reach: float = math.inf,
@@ -256,12 +257,29 @@ def lipschitz_bound(
     return Lipschitz(Lambda, beta, exp(A), B, _top(c.B))
 
 
+Need = Callable[[Numbers, tuple[float, ...]], tuple[Region, tuple[float, ...]]]
+
+
+def _fixed_point(need: Need, theta: Numbers, had: tuple[float, ...]) -> tuple[Region, tuple[float, ...]]:
+    """The region and the smallest numbers found that suffice for what they themselves need; infinite without such."""
+    if isinstance(theta, Interval):  # begin where ordinary floats end
+        had = _fixed_point(need, theta.lo, had)[1]
+    for _ in range(_ROUNDS):
+        if not all(x < _FAR for x in had):
+            break
+        region, want = need(theta, had)
+        if all(x <= y for x, y in zip(want, had, strict=True)):
+            return region, had
+        had = tuple(max(y, x * _MORE) if x < _FAR else math.inf for x, y in zip(want, had, strict=True))
+    return _NOWHERE, (math.inf,) * len(had)
+
+
 def uniform_region(
     block: Block,
     theta: Float[Tensor, "L M k"] | Interval,
     at: Centre,
     n: int,
-    kappa: float | Numbers,
+    kappa: float,
     *,
     factor: int,
     weights: Float[Tensor, " M"] | None = None,
@@ -285,19 +303,15 @@ def uniform_region(
 
     Source: derived in lesson 2.
     """
-    of, total = like(theta), _share(theta, weights)[1]
-    lead = factor * sqrt(of(n)) * of(kappa) * of(at.r) / of(at.lam)
-    radius, reach = 0.0, at.reach
-    for _ in range(_ROUNDS):
+
+    def need(theta: Numbers, had: tuple[float, ...]) -> tuple[Region, tuple[float, ...]]:
+        of, (radius, reach), total = like(theta), had, _share(theta, weights)[1]
         bound = lipschitz_bound(block, theta, n, kappa, radius=radius, reach=reach, weights=weights)
-        path = upper(lead * bound.B_max * bound.growth)
-        far = upper(of(at.reach) + bound.growth * bound.B * of(radius) * sqrt(total))
-        if not (path < _FAR and far < _FAR):
-            break
-        if path <= radius and far <= reach:
-            return Region(bound.Lambda, bound.beta, radius)
-        radius, reach = max(radius, path * _MORE), max(reach, far * _MORE)
-    return _NOWHERE
+        path = factor * sqrt(of(n)) * of(kappa) * bound.B_max * bound.growth * of(at.r) / of(at.lam)
+        far = of(at.reach) + bound.growth * bound.B * of(radius) * sqrt(total)
+        return Region(bound.Lambda, bound.beta, radius), (upper(path), upper(far))
+
+    return _fixed_point(need, theta, (0.0, at.reach))[0]
 
 
 def local_region(
@@ -305,7 +319,7 @@ def local_region(
     theta: Float[Tensor, "L M k"] | Interval,
     at: Centre,
     n: int,
-    kappa: float | Numbers,
+    kappa: float,
     *,
     factor: int,
     weights: Float[Tensor, " M"] | None = None,
@@ -329,24 +343,19 @@ def local_region(
 
     Source: derived in lesson 2.
     """
-    of, share = like(theta), _share(theta, weights)[0]
-    G, g, b, r = (of(x) for x in (at.propagator, at.adjoint, at.B, at.r))
-    rho = factor * r / (2 * sqrt(of(at.lam)))
-    size = sqrt(of(n)) * of(kappa)
-    had = (0.0, upper(G), 0.0, at.reach)  # R, G', eta, reach
-    for _ in range(_ROUNDS):
-        radius, reach, (wide, eta) = had[0], had[3], (of(x) for x in had[1:3])
+
+    def need(theta: Numbers, had: tuple[float, ...]) -> tuple[Region, tuple[float, ...]]:
+        of, share, (radius, wide, eta, reach) = like(theta), _share(theta, weights)[0], had
+        G, g, r, wide, eta = (of(x) for x in (at.propagator, at.adjoint, at.r, wide, eta))
+        rho, size = factor * r / (2 * sqrt(of(at.lam))), sqrt(of(n)) * of(kappa)
         c = block.constants(theta, radius, reach).spread(theta)
         H_zz, H_zt = _mean(c.H_zz, share), sqrt(_mean(c.H_ztheta**2, share))
-        each = minimum(b + c.H_ztheta * eta * rho + c.H_thetatheta * of(radius), c.B)
+        each = minimum(of(at.B) + c.H_ztheta * eta * rho + c.H_thetatheta * of(radius), c.B)
         B, bend = sqrt(_mean(each**2, share)), H_zz * eta + H_zt
         grown = exp(G * bend * rho)
         path = factor * size * _top(each) * g * grown * r / of(at.lam)
-        need = tuple(upper(x) for x in (path, G * grown, wide * B, of(at.reach) + eta * rho))
-        if not all(x < _FAR for x in need):
-            break
-        if all(x <= y for x, y in zip(need, had, strict=True)):
-            Lambda = size * g * grown * (B * wide * bend + H_zt * eta + _top(c.H_thetatheta))
-            return Region(Lambda, size * g * grown * B, radius)
-        had = tuple(max(y, x * _MORE) for x, y in zip(need, had, strict=True))
-    return _NOWHERE
+        Lambda = size * g * grown * (B * wide * bend + H_zt * eta + _top(c.H_thetatheta))
+        want = (path, G * grown, wide * B, of(at.reach) + eta * rho)
+        return Region(Lambda, size * g * grown * B, radius), tuple(upper(x) for x in want)
+
+    return _fixed_point(need, theta, (0.0, at.propagator, 0.0, at.reach))[0]

@@ -10,18 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from companion import data, descent
+from companion import data, descent, runs
 from companion.arguments import checked
 from companion.descent import Observables, Run, State
 from companion.mean_field import loops
 from companion.mean_field.blocks import Block, check_fit, check_positive
-from companion.runs import count
 
 _KEEP_BYTES = {"cpu": 2**21}  # the panels of all layers together: kept while they stay in a core's cache
 _KEEP_BYTES_GPU = 2**32
@@ -79,7 +78,7 @@ def init_particles(
         TypeError, ValueError: a number below 1, or another name for `depth`.
     """
     for name, value in (("L", L), ("M", M), ("S", S)):
-        count(name, value, 1)
+        runs.count(name, value, 1)
     theta = torch.empty(S, L, M, block.k, dtype=dtype, device=device or "cpu")
     for network in theta:
         network.copy_(block.draw((M,) if depth == "constant" else (L, M), generator))
@@ -152,7 +151,7 @@ def rescaled_gradient(
     y: Float[Tensor, " n"],
     v: Float[Tensor, " d"],
     weights: Float[Tensor, " M"] | None = None,
-    out: Float[Tensor, "S L M k"] | None = None,
+    out: Any = None,
 ) -> tuple[Float[Tensor, " S"], Float[Tensor, "S L M k"]]:
     """Compute E and ``(1/n) sum_i p_{l+1}^i . d_theta f(z_l^i, theta_lm)``: the gradient divided by ``w_m / L``.
 
@@ -165,7 +164,8 @@ def rescaled_gradient(
         y: targets ``(n,)``.
         v: the output is ``v . z_L``, ``(d,)``.
         weights: see `forward`.
-        out: memory for the gradient; None for new memory, which costs time where the gradient is large.
+        out: memory for the gradient, ``(S, L, M, k)`` with any contents; None for new memory, which costs time where
+            the gradient is large.
 
     Returns:
         The loss ``(S,)`` and the rescaled gradient ``(S, L, M, k)``.
@@ -176,8 +176,11 @@ def rescaled_gradient(
     w = check_fit(block, theta, X, weights, y=y, v=v)
     _check_task(X, y, v)
     step = _Gradient(block, tuple(theta.shape), X, y, v, w)
-    if out is not None and (out.shape != theta.shape or out.dtype != theta.dtype or out.device != theta.device):
-        raise ValueError(f"out is {tuple(out.shape)} {out.dtype}; {tuple(theta.shape)} {theta.dtype} is needed")
+    if out is not None and not (isinstance(out, Tensor) and out.shape == theta.shape and out.dtype == theta.dtype):
+        found = f"{tuple(out.shape)} {out.dtype}" if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(f"out is {found}; a tensor {tuple(theta.shape)} {theta.dtype} is needed")
+    if out is not None and out.device != theta.device:
+        raise ValueError(f"out is on {out.device}, theta on {theta.device}; make them equal")
     G = torch.empty_like(theta) if out is None else out
     E = theta.new_empty(len(theta))
     for members in step.members(len(theta)):
@@ -233,6 +236,31 @@ def default_chunk(S: int, L: int, M: int, X: Float[Tensor, "n d"]) -> tuple[int,
 
 
 Tie = Callable[[Tensor], None]
+Decay = Callable[[float], float]
+
+
+class _Step:
+    """One step of gradient descent on all networks, a few at a time."""
+
+    def __init__(self, gradient: _Gradient, theta: Tensor, step: float, tie: Tie | None, decay: Decay | None) -> None:
+        self.gradient, self.step, self.tie, self.decay = gradient, step, tie, decay
+        self.parts = gradient.members(len(theta))
+        self.G = theta.new_empty(gradient.chunk, *theta.shape[1:])
+        self.rms = theta.new_empty(len(theta))
+
+    def __call__(self, params: list[Tensor], k: int, move: bool) -> Tensor:
+        (particles,) = params
+        for members in self.parts:
+            now = particles[members]
+            part = self.G[: len(now)]
+            self.rms[members] = self.gradient(now, part if move else None)
+            if move:
+                if self.decay is not None:
+                    part.add_(now, alpha=2 * self.decay(k * self.step))
+                now.sub_(part, alpha=self.step)
+        if move and self.tie is not None:
+            self.tie(particles)
+        return self.rms
 
 
 @checked
@@ -249,7 +277,7 @@ def train(
     every: int = 1,
     observe: Observables | None = None,
     tie: Tie | None = None,
-    decay: Callable[[float], float] | None = None,
+    decay: Decay | None = None,
     chunk: int | None = None,
     progress: bool | None = None,
     checkpoint: str | Path | None = None,
@@ -285,29 +313,15 @@ def train(
     _check_task(X, y, v)
     check_positive("step", step)
     gradient = _Gradient(block, tuple(theta.shape), X, y, v, w, chunk)
-    parts = gradient.members(len(theta))
-    G = theta.new_empty(gradient.chunk, *theta.shape[1:])
-    rms = theta.new_empty(len(theta))
-
-    def step_(params: list[Tensor], k: int, move: bool) -> Tensor:
-        (particles,) = params
-        for members in parts:
-            now = particles[members]
-            part = G[: len(now)]
-            rms[members] = gradient(now, part if move else None)
-            if move:
-                if decay is not None:
-                    part.add_(now, alpha=2 * decay(k * step))
-                now.sub_(part, alpha=step)
-        if move and tie is not None:
-            tie(particles)
-        return rms
-
-    config = {"X": X, "y": y, "v": v, "weights": w, "step": step, "block": repr(block), "chunk": gradient.chunk}
-    config |= {name: getattr(f, "__qualname__", repr(f)) if f else None for name, f in (("tie", tie), ("decay", decay))}
+    config = {"X": X, "y": y, "v": v, "weights": w, "step": step, "chunk": gradient.chunk}
+    config["block"] = [
+        runs.identity(type(block)),
+        {name: runs.identity(value) if callable(value) else repr(value) for name, value in vars(block).items()},
+    ]
+    config |= {name: f and runs.identity(f) for name, f in (("tie", tie), ("decay", decay))}
     return descent.iterate(
         [theta],
-        step_,
+        _Step(gradient, theta, step, tie, decay),
         steps,
         every=every,
         observe=observe,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from companion import data, kernels, rigor
 from companion.arguments import checked
-from companion.certificate import Assumption, Certificate, assumed, compare, gather, silent
+from companion.certificate import Assumption, Certificate, assumed, compare, gather, show, silent
 from companion.minimum_norm import first_layer, gates
 from companion.minimum_norm.gates import ClosedLoop, Level, Problem, Reference, largest_eigenvalue, lower, upper
 from companion.minimum_norm.kernel_limit import check_inputs, check_scale, equal_norm
@@ -286,19 +286,19 @@ def function_bound(
     X, W, m = solution.X, solution.W0, solution.W0.shape[2]
     N, both = len(X), torch.cat([solution.X, Z])
     inner = both @ X.T  # (N + M, N)
-    tau = torch.linalg.vector_norm(inner, dim=1) * Q[:, None] / math.sqrt(m)  # (S, N + M)
+    tau = rigor.norm(inner) * Q[:, None] / math.sqrt(m)  # (S, N + M)
     near = torch.zeros(len(W), len(both), dtype=torch.int64, device=X.device)
     open_near, open_open = (torch.zeros(len(W), len(both), N, dtype=torch.int64, device=X.device) for _ in range(2))
-    for _, P in first_layer.panels(both, W, first_layer.default_chunk(4 * len(W), len(both), m, X)):
+    for _, P in first_layer.panels(both, W, first_layer.chunk_size(4 * len(W), len(both), m, X)):
         fragile, gate = (P.abs() <= tau[:, :, None]).to(torch.int8), (P > 0).to(torch.int8)
         near += fragile.sum(-1)
         first_layer.add_counts(open_near, gate, fragile[:, :N].contiguous())
         first_layer.add_counts(open_open, gate, gate[:, :N].contiguous())
     flips, kinks = inner.abs() * open_near / m, tau * near / math.sqrt(m)
-    D = torch.linalg.vector_norm(kinks[:, :N], dim=1)
-    h, M = torch.linalg.vector_norm(flips[:, N:], dim=2), torch.linalg.matrix_norm(flips[:, :N], 2)
+    D = rigor.norm(kinks[:, :N])
+    h, M = rigor.norm(flips[:, N:]), rigor.spectral_norm(flips[:, :N])
     alpha = torch.cholesky_solve((inner * open_open / m)[:, N:].mT.contiguous(), solution.factor)
-    spread = torch.linalg.vector_norm(alpha, dim=1)
+    spread = rigor.norm(alpha, 1)
     return kinks[:, N:] + Q[:, None] * h + spread * (k + D + Q * M)[:, None]
 
 
@@ -344,8 +344,9 @@ def certify_width(
         antisymmetric: mirrored pairs, ``E = ||y||``; else ``E^2 = (||y||^2 + n kappa^2 rho^2 / 2) / delta``.
 
     Returns:
-        A `Certificate` with ``width`` (the smallest m), ``distance``, ``rate``, ``trivial`` (``sqrt(y.H^-1 y)``) and
-        ``informative``, the m at which the bound falls below that. Numbers are measured.
+        A `Certificate` with ``width`` (the smallest m), ``distance``, ``rate``, ``trivial`` (``||w_0 - w*||`` as m
+        grows: ``sqrt(y.H^-1 y)``, with independent signs ``sqrt(y.H^-1 y + kappa^2 trace(Sigma H^-1))``, Sigma the
+        ReLU kernel) and ``informative``, the m at which the bound falls below that. Numbers are measured.
 
     Raises:
         ValueError: inputs of unequal norm, or a number out of range.
@@ -355,8 +356,9 @@ def certify_width(
     check_inputs(X)
     check_scale("y", y)
     rho, n = equal_norm(X), len(X)
-    if not (0 < delta < 1 and kappa > 0 and m >= 1 and step > 0 and not (antisymmetric and m % 2)):
-        needed = "0 < delta < 1, the rest positive, and an even m for mirrored pairs are needed"
+    sizes = min(kappa, step) >= 1e-100 and max(kappa, step, m) <= 1e100
+    if not (0 < delta < 1 and m >= 1 and sizes and not (antisymmetric and m % 2)):
+        needed = "0 < delta < 1, the rest positive (1e-100 to 1e+100), and an even m for mirrored pairs are needed"
         raise ValueError(f"delta, kappa, m, step are {delta}, {kappa}, {m}, {step}; {needed}")
     H, norm_X = kernels.relu_ntk(X), float(rigor.spectral_norm(X))
     lam0, E = float(torch.linalg.eigvalsh(H)[0]), float(rigor.norm(y))
@@ -365,11 +367,14 @@ def certify_width(
         return silent("Explicit width (formula)", (row,), f"kernel singular: λ₀ = {lam0:.3g}")
     E = E if antisymmetric else math.sqrt((E**2 + n * (kappa * rho) ** 2 / 2) / delta)
     need, constant = _explicit_width(n, rho, norm_X, E, kappa, lam0)
-    trivial = math.sqrt(max(0.0, float(y @ torch.linalg.solve(H, y))))
+    start = float(y @ torch.linalg.solve(H, y))
+    if not antisymmetric:  # the mean of what a random f_0 adds
+        start += kappa**2 * float(torch.linalg.solve(H, kernels.relu_kernel(X)).trace())
+    trivial = math.sqrt(max(0.0, start))
     log, chance = math.log(n / delta), 1 - (2 if antisymmetric else 3) * delta
     rows = [
         compare("λ₀ = λ_min(H)", lam0, ">", 0.0),
-        compare("η ‖X‖²", step * norm_X**2, "<=", 1 + 1e-12),
+        compare("η ‖X‖²", step * norm_X**2, "<=", 1 + 4 * rigor.UNIT),  # safe_step and this line round three times
         compare("m", m, ">=", need),
         assumed(f"w_r ~ N(0, κ²I) independent, {'mirrored pairs' if antisymmetric else 'independent signs'}"),
         assumed(f"one of the draws of probability at least {chance:.3g}"),
@@ -380,17 +385,18 @@ def certify_width(
         rows.insert(4, compare("1.59 √m ‖X‖ E/(κ λ₀)", gate, ">=", 3 * log))
     distance = constant * m**-0.25
     values = {"width": need, "rate": step * lam0 / 4, "distance": distance, "trivial": trivial}
-    values["informative"] = max(need, (constant / trivial) ** 4) if trivial else need
+    ratio = constant / trivial if trivial else 0.0
+    values["informative"] = max(need, ratio * ratio * ratio * ratio)
     failed = next((row for row in rows if not row.holds), None)
     if failed is None:
         vacuous = " (vacuous: distance ≥ trivial)" if distance >= trivial > 0 else ""
         return Certificate(f"Explicit width (formula){vacuous}", True, tuple(rows), values)
-    reason = f"m is below {need:.3g}" if failed.name == "m" else f"{failed.name} is {failed.measured:.3g}"
+    reason = f"m is below {show(need, side='up')}" if failed.name == "m" else f"{failed.name} is {failed.measured:.3g}"
     kept = {key: values[key] for key in ("width", "trivial", "informative")}
     return Certificate("Explicit width (formula)", False, tuple(rows), kept, reason)
 
 
 def _explicit_width(n: int, rho: float, norm_X: float, E: float, kappa: float, lam0: float) -> tuple[float, float]:
-    """The smallest m, and the constant of the distance's bound ``constant m^(-1/4)``."""
-    need = (51.1 * n * rho**2 * norm_X * E / (kappa * lam0**2)) ** 2
-    return need, 31.7 * math.sqrt(n) * rho * math.sqrt(norm_X) * E**1.5 / (math.sqrt(kappa) * lam0**1.5)
+    """The smallest m, and the constant of the bound ``constant m^(-1/4)``, in an order that does not overflow early."""
+    root = 51.1 * n * (rho / lam0) * (rho / lam0) * norm_X * (E / kappa)
+    return root * root, 31.7 * math.sqrt(n) * (rho / lam0) * math.sqrt(norm_X / lam0) * math.sqrt(E / kappa) * E

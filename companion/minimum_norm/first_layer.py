@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from companion.arguments import checked
+from companion.minimum_norm.kernel_limit import check_scale
 
 _PANEL_BYTES = 8 * 2**20  # one panel on a CPU: it stays in the cache between its product and what is done with it
 _PANEL_BYTES_GPU = 32 * 2**20
@@ -34,9 +35,11 @@ def check_layer(X: Tensor, W: Tensor, signs: Tensor) -> tuple[Float[Tensor, "S d
         ``W`` as ``(S, d, m)`` and ``signs`` as ``(S, m)``, views where possible.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, or a sign other than +1 and -1.
+        ValueError: shapes, dtypes or devices that do not fit, numbers whose products overflow, or a sign other than +1
+            and -1.
     """
-    for name, A in (("W", W), ("signs", signs)):
+    for name, A in (("X", X), ("W", W), ("signs", signs)):
+        check_scale(name, A, smallest=0.0)
         if A.dtype != X.dtype or A.device != X.device:
             raise ValueError(f"{name} is {A.dtype} on {A.device}, X is {X.dtype} on {X.device}; make them equal")
     if W.ndim not in (2, 3) or W.shape[-2] != X.shape[-1] or W.numel() == 0:
@@ -49,15 +52,12 @@ def check_layer(X: Tensor, W: Tensor, signs: Tensor) -> tuple[Float[Tensor, "S d
     return W, signs.expand(W.shape[0], -1)
 
 
-def chunk_size(chunk: int | None, S: int, N: int, m: int, like: Tensor) -> int:
-    """What the caller asks for, at least 1, or the default."""
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk is {chunk}; at least one neuron is needed")
-    return default_chunk(S, N, m, like) if chunk is None else chunk
-
-
-def default_chunk(S: int, N: int, m: int, like: Tensor) -> int:
-    """The number of neurons in a panel, from the shapes: on a CPU 2,048 if they take 1 to 8 MB, on a GPU 32 MB."""
+def chunk_size(S: int, N: int, m: int, like: Tensor, chunk: int | None = None) -> int:
+    """The number of neurons in a panel: `chunk`, or on a CPU 2,048 if they take 1 to 8 MB, on a GPU 32 MB."""
+    if chunk is not None:
+        if chunk < 1:
+            raise ValueError(f"chunk is {chunk}; at least one neuron is needed")
+        return chunk
     neuron = S * N * like.element_size()
     c = max(64, _PANEL_BYTES_GPU // neuron)
     if like.device.type == "cpu":
@@ -73,13 +73,13 @@ def panels(
     Args:
         X: inputs ``(N, d)``.
         W: weights ``(S, d, m)``.
-        chunk: neurons in a panel; None for `default_chunk`.
+        chunk: neurons in a panel; None for the default.
 
     Yields:
         The slice of neurons, and their pre-activations ``(S, N, c)``, valid until the next panel.
     """
     (S, _, m), N = W.shape, len(X)
-    chunk = chunk_size(chunk, S, N, m, X)
+    chunk = chunk_size(S, N, m, X, chunk)
     buffer = X.new_empty(S * N * min(chunk, m))
     for a in range(0, m, chunk):
         part = slice(a, min(a + chunk, m))
@@ -144,7 +144,7 @@ def tangent(
 ) -> Float[Tensor, "S N"]:
     """Compute ``(J v)_i = sum_r a_r A_ri (v_r.x_i) / sqrt(m)``, the derivative of the outputs at W along V."""
     out = X.new_zeros(len(W), len(X))
-    chunk = chunk_size(chunk, 2 * len(W), len(X), W.shape[2], X)
+    chunk = chunk_size(2 * len(W), len(X), W.shape[2], X, chunk)
     for (part, Z), (_, U) in zip(panels(X, W, chunk), panels(X, V, chunk), strict=True):
         U.masked_fill_(Z <= 0, 0)
         weigh(U, signs[:, part], out)
@@ -203,7 +203,7 @@ def gate_counts(X: Float[Tensor, "N d"], W: Float[Tensor, "S d m"], chunk: int |
         Exact integers, given the signs of the pre-activations.
     """
     (S, _, m), N = W.shape, len(X)
-    chunk = min(m, max(64, chunk_size(chunk, 4 * S, N, m, X)))
+    chunk = min(m, max(64, chunk_size(4 * S, N, m, X, chunk)))
     counts = torch.zeros(S, N, N, dtype=torch.int32, device=X.device)  # m < 2^31; int64 sums take longer
     gates = torch.empty(S * N * min(chunk, m), dtype=torch.int8, device=X.device)
     for _, Z in panels(X, W, chunk):
@@ -236,6 +236,7 @@ def empirical_gram(
     if W.ndim not in (2, 3) or W.shape[-2] != X.shape[1] or W.dtype != X.dtype or W.device != X.device:
         found = f"{tuple(W.shape)} {W.dtype} on {W.device}"
         raise ValueError(f"W is {found}; (d, m) or (S, d, m) with d = {X.shape[1]}, {X.dtype}, {X.device} is needed")
+    check_scale("X", X, smallest=0.0)
     counts = gate_counts(X, W if W.ndim == 3 else W[None], chunk)
     G = (X @ X.T) * counts.to(X.dtype) / W.shape[-1]
     return G if W.ndim == 3 else G[0]
@@ -252,7 +253,7 @@ class WideStep:
         y: targets ``(S, N)``.
         signs: ``(S, m)``.
         eta: the step of every network ``(S,)``.
-        chunk: neurons in a panel; None for `default_chunk`.  Bits depend on it.
+        chunk: neurons in a panel; None for the default.  Bits depend on it.
         gate_bytes: the most that the gates may take.
     """
 
@@ -268,7 +269,7 @@ class WideStep:
     ) -> None:
         (S, m), (N, d) = signs.shape, X.shape
         self.X, self.y, self.signs, self.eta = X, y, signs.contiguous(), eta
-        self.chunk = chunk = min(m, chunk_size(chunk, S, N, m, X))
+        self.chunk = chunk = min(m, chunk_size(S, N, m, X, chunk))
         parts = [slice(a, min(a + chunk, m)) for a in range(0, m, chunk)]
         self.keep = S * N * m <= gate_bytes
         store = torch.empty(S * N * (m if self.keep else 0), dtype=torch.int8, device=X.device)

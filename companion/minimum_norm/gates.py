@@ -82,7 +82,7 @@ def fragile_counts(X: Float[Tensor, "N d"], W: Float[Tensor, "S d m"], tau: Floa
     """
     (S, _, m), N = W.shape, len(X)
     counts = Fragile(*(torch.zeros(S, N, N, dtype=torch.int64, device=X.device) for _ in range(3)))
-    for _, Z in first_layer.panels(X, W, first_layer.default_chunk(4 * S, N, m, X)):
+    for _, Z in first_layer.panels(X, W, first_layer.chunk_size(4 * S, N, m, X)):
         fragile, gate = Z.abs() <= tau[:, :, None], Z > 0
         for total, A in zip(counts, (gate | fragile, gate & ~fragile, fragile), strict=True):
             first_layer.add_counts(total, A.view(torch.int8), A.view(torch.int8))

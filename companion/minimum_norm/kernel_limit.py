@@ -24,9 +24,9 @@ def check_scale(name: str, A: Tensor, smallest: float = 1e-100) -> None:
         A: numbers; all of them may be 0.
         smallest: the least size that the largest of them may have.
     """
-    top = float(A.abs().max())
-    if top and not smallest <= top <= 1e100:
-        raise ValueError(f"{name} has entries up to {top:.1e}; {smallest:.0e} to 1e+100 is needed: rescale it")
+    top, largest = float(A.abs().max()), 1e100 if A.dtype == torch.float64 else 1e12
+    if top and not smallest <= top <= largest:
+        raise ValueError(f"{name} has entries up to {top:.1e}; {smallest:.0e} to {largest:.0e} is needed: rescale it")
 
 
 def check_inputs(X: Tensor, *, geometry: bool = True) -> None:
@@ -35,6 +35,9 @@ def check_inputs(X: Tensor, *, geometry: bool = True) -> None:
     norms = data.row_norms(X)
     for size in (norms[norms > 0].amin(), norms.amax()) if bool(X.any()) else ():
         check_scale("X", size)
+
+
+_MOST_STEPS = 10**7  # of the Monte Carlo prediction, whose path is held in memory
 
 
 class KernelFit(NamedTuple):
@@ -121,17 +124,18 @@ def perp_constant(
     """
     check_inputs(X)
     check_scale("y", y)
-    if not (kappa > 0 and step > 0 and draws >= 2):
+    if not (min(kappa, step) >= 1e-100 and draws >= 2):
         raise ValueError(f"kappa, step, draws are {kappa}, {step}, {draws}; positive numbers and 2 draws are needed")
     generator = torch.Generator("cpu").manual_seed(0) if generator is None else generator
     values, U = torch.linalg.eigh(kernels.relu_ntk(X))
     slowest = float((1 - step * values).abs().max())
     if not slowest < 1:
-        raise ValueError(f"step is {step}; less than 2/lambda_max = {2 / float(values[-1]):.3g} is needed")
+        most = 2 / float(values[-1])
+        raise ValueError(f"step is {step}; less than 2/lambda_max = {most:.3g}, and not next to nothing, is needed")
     if steps is None:
         steps = max(1, math.ceil(math.log(1e-6) / math.log(slowest))) if slowest > 0 else 1
-    elif steps < 1:
-        raise ValueError(f"steps is {steps}; at least 1 is needed")
+    if not 1 <= steps <= _MOST_STEPS:
+        raise ValueError(f"steps is {steps:.3g}; 1 to {_MOST_STEPS} are needed: give them, or a larger step")
     k = torch.arange(steps, dtype=torch.float64, device=X.device)
     E = step * (((1 - step * values) ** k[:, None]) * (U.T @ y)) @ U.T  # (steps, N), eta e_k
     gram, parts = X @ X.T, []
@@ -180,8 +184,10 @@ def perp_constant_n1(rho: float, e0: float, *, step: float | None = None, kappa:
 
     Source: the sharp constant, derived in lesson 4.
     """
-    if not (rho > 0 and kappa > 0):
-        raise ValueError(f"rho, kappa are {rho}, {kappa}; positive numbers are needed")
+    if not (min(rho, kappa) >= 1e-40 and max(rho, kappa, abs(e0)) <= 1e40):
+        raise ValueError(
+            f"rho, kappa, e0 are {rho}, {kappa}, {e0}; positive rho and kappa, all up to 1e+40, are needed"
+        )
     if step is None:
         return 4 * abs(e0) ** 3 / (3 * math.sqrt(2 * math.pi) * kappa * rho**3)
     s = 1 - step * rho**2 / 2

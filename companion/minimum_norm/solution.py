@@ -58,14 +58,18 @@ def initialize(
 
 
 @checked
-def figure_1_data(seed: int = 11, *, bias: bool = False) -> tuple[Float[Tensor, "100 d"], Float[Tensor, " 100"]]:
-    """Draw the data of the paper's Figure 1: ``x`` uniform in ``[-1, 1]^5``, scaled to norm 1; ``y = (x . beta)^2``.
+def figure_1_data(
+    seed: int = 11, *, bias: bool = False, radius: float = 1.0
+) -> tuple[Float[Tensor, "100 d"], Float[Tensor, " 100"]]:
+    """Draw data like those of the paper's Figure 1: ``x`` uniform in ``[-1, 1]^5``, then scaled; ``y = (x . beta)^2``.
 
-    The paper prints neither the law of ``beta`` (standard normal here) nor whether its bias is used in the figure.
+    ``beta`` is standard normal here. The paper does not print whether its bias is used in the figure; its text scales
+    the inputs to norm 1, its theory to ``sqrt(d)``.
 
     Args:
         seed: of the data.
         bias: append a one to every input, as the paper's theory does.
+        radius: the norm of the inputs, before the one is appended; y does not depend on it.
 
     Returns:
         ``X`` ``(100, 5)``, or ``(100, 6)`` with the bias, and ``y`` ``(100,)``, standardized (divisor 99); float64.
@@ -73,7 +77,7 @@ def figure_1_data(seed: int = 11, *, bias: bool = False) -> tuple[Float[Tensor, 
     g = torch.Generator("cpu").manual_seed(seed)
     X = data.unit_rows(2 * torch.rand(100, 5, generator=g, dtype=torch.float64, device="cpu") - 1)
     y = (X @ torch.randn(5, generator=g, dtype=torch.float64, device="cpu")) ** 2
-    y = (y - y.mean()) / y.std()
+    y, X = (y - y.mean()) / y.std(), radius * X
     return (torch.cat([X, X.new_ones(100, 1)], 1) if bias else X), y
 
 
@@ -104,7 +108,6 @@ def check_problem(
         raise TypeError(f"y is {y.dtype} on {y.device}; a tensor of {X.dtype} on {X.device}, like X, is needed")
     W0, signs = first_layer.check_layer(X, W0, signs)
     check_scale("y", y)
-    check_scale("W0", W0, smallest=0.0)
     if y.shape not in ((len(X),), (len(W0), len(X))):
         raise ValueError(f"y has shape {tuple(y.shape)}; ({len(X)},) or {(len(W0), len(X))} is needed")
     if precise and X.dtype != torch.float64:
@@ -125,8 +128,8 @@ def check_problem(
 def check_steps(step: float | Tensor, S: int, like: Tensor) -> Tensor:
     """The step of every network ``(S,)``."""
     eta = torch.as_tensor(step, dtype=torch.float64, device=like.device)
-    if eta.shape not in ((), (S,)) or not bool((torch.isfinite(eta) & (eta > 0)).all()):
-        raise ValueError(f"step is {eta.tolist()}; a positive finite number, or {S} of them, is needed")
+    if eta.shape not in ((), (S,)) or not bool(((eta >= 1e-100) & (eta <= 1e100)).all()):
+        raise ValueError(f"step is {eta.tolist()}; a positive finite number (1e-100 to 1e+100), or {S}, is needed")
     return eta.to(like).expand(S)
 
 
@@ -270,6 +273,7 @@ def lyapunov_terms(solution: MinimumNorm, W: Float[Tensor, "... d m"], step: flo
     W = W[None] if W.ndim == 2 else W
     if W.shape != s.W.shape:
         raise ValueError(f"W has shape {tuple(W.shape)}, the solution's is {tuple(s.W.shape)}; they must be equal")
+    check_scale("W", W, smallest=0.0)
     eta = check_steps(step, len(s.W0), s.X)
     e = s.y - first_layer.outputs(s.X, W, s.signs)
     b = s.y - first_layer.tangent(s.X, W, s.signs, s.W)

@@ -1,6 +1,5 @@
 """Arithmetic whose results are theorems: matrices, layers, networks and formulas, with every rounding counted."""
 
-from companion.networks.reading import NoEnclosure
 from companion.rigor.balls import check_ball, dense_ball
 from companion.rigor.intervals import Interval, cat, point, stack
 from companion.rigor.linear_algebra import (
@@ -21,7 +20,6 @@ from companion.rigor.rounding import UNIT, gamma, round_down, round_up
 __all__ = [
     "UNIT",
     "Interval",
-    "NoEnclosure",
     "cat",
     "check_ball",
     "dense_ball",

@@ -86,4 +86,4 @@ def enclosed_features(weights: Sequence[Tensor], X: Tensor, act: str) -> tuple[T
     rows = [[F[i, j] for j in range(F.ncols())] for i in range(F.nrows())]
     middle = [[float(t.mid()) for t in row] for row in rows]
     radius = [[ends(abs(t - c))[1] for t, c in zip(r, cs, strict=True)] for r, cs in zip(rows, middle, strict=True)]
-    return torch.tensor(middle, dtype=torch.float64), torch.tensor(radius, dtype=torch.float64)
+    return tuple(torch.tensor(part, dtype=torch.float64, device="cpu") for part in (middle, radius))

@@ -80,7 +80,7 @@ class Interval:
         return Interval(down(least), up(most))
 
     def __truediv__(self, other: Number) -> Interval:
-        return self * _reciprocal(_lift(other, self))
+        return self * _lift(other, self).reciprocal()
 
     def __rtruediv__(self, other: Number) -> Interval:
         return _lift(other, self) / self
@@ -92,7 +92,7 @@ class Interval:
         if not isinstance(exponent, int) or isinstance(exponent, bool):
             raise TypeError(f"the exponent is {exponent!r}; a whole number is needed")
         if exponent < 0:
-            return _reciprocal(self) ** -exponent
+            return self.reciprocal() ** -exponent
         base = self if exponent % 2 else abs(self)
         least, most = _power(base.lo, exponent, down), _power(base.hi, exponent, up)
         if exponent % 2:
@@ -101,8 +101,12 @@ class Interval:
         return Interval(least, most)
 
     def reciprocal(self) -> Interval:
-        """``1 / x``."""
-        return 1 / self
+        """``1 / x``; NaN where 0 may be in x."""
+        positive, negative = self.lo > 0, self.hi < 0
+        low, high = down(1 / self.hi), up(1 / self.lo)
+        low = torch.where(positive, low.clamp(min=0.0), low)
+        high = torch.where(negative, high.clamp(max=0.0), high)
+        return _only_where(positive | negative, Interval(low, high))
 
     def square(self) -> Interval:
         """``x^2``, never below 0."""
@@ -198,15 +202,6 @@ def _only_where(defined: Tensor, x: Interval) -> Interval:
     return Interval(torch.where(defined, x.lo, math.nan), torch.where(defined, x.hi, math.nan))
 
 
-def _reciprocal(x: Interval) -> Interval:
-    """``1 / x``; NaN where 0 may be in x."""
-    positive, negative = x.lo > 0, x.hi < 0
-    low, high = down(1 / x.hi), up(1 / x.lo)
-    low = torch.where(positive, low.clamp(min=0.0), low)
-    high = torch.where(negative, high.clamp(max=0.0), high)
-    return _only_where(positive | negative, Interval(low, high))
-
-
 def _lift(value: Number, like: Interval) -> Interval:
     """A number beside an interval, as an interval."""
     if isinstance(value, Interval):
@@ -246,7 +241,7 @@ def point(value: Tensor | Fraction | float | int, device: torch.device | str | N
 
 
 def _neighbour(value: Fraction | float | int, side: float) -> float:
-    """The float at `value`, or the next one towards `side`."""
+    """The float at `value`, or else the one beside it towards `side`."""
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"value is {value}; a finite number is needed")
     try:
@@ -254,7 +249,8 @@ def _neighbour(value: Fraction | float | int, side: float) -> float:
     except OverflowError:
         near = LARGEST if (value > 0) != (side > 0) else math.inf
         return near if value > 0 else -near
-    return near if Fraction(near) == value else math.nextafter(near, side)
+    inside = Fraction(near) > value if side < 0 else Fraction(near) < value
+    return math.nextafter(near, side) if inside else near
 
 
 def cat(parts: Sequence[Interval], dim: int = 0) -> Interval:

@@ -1,22 +1,17 @@
 """Rigorous linear algebra in float64: bounds on singular values and on products that are theorems about the floats.
 
-Notation: ``u = 2^-53``, ``gamma_k = k u / (1 - k u)``. The one thing assumed of the machine is the standard model of
-IEEE float64 arithmetic: a computed inner product of length k obeys, in any order of summation, fused or not::
-
-    |fl(a.b) - a.b| <= gamma_k |a|.|b| + k 2^-1022
-
-(the last term covers underflow). That excludes Strassen's products, TF32 and emulated float64, so everything runs on
-the CPU. Nothing is assumed of Cholesky, QR, eigenvalue or triangular solvers: their results are guesses, and the error
-of a guess is measured afterwards. Every bound is then rounded outward. The full proofs are in the appendix of lesson 1.
+Notation: ``u = 2^-53``, ``gamma_k = k u / (1 - k u)``. What is assumed of the machine stands in
+`companion.rigor.rounding`. Nothing is assumed of Cholesky, QR, eigenvalue or triangular solvers: their results are
+guesses, and the error of a guess is measured afterwards. Every bound is then rounded outward. The full proofs are in
+the appendix of lesson 1.
 
 Two bounds on ``sigma_min(F)``, the smallest singular value of the n rows of ``F`` (n, m):
 
-- shift: for any ``c`` and any ``L``, with ``E = F F^T - c I - L L^T``: ``sigma_min^2 >= c - ||E||``, because
-  ``||F^T x||^2 = c + ||L^T x||^2 + x^T E x`` for every unit ``x``. Works up to a condition number of about 1e6.
+- shift: for a symmetric A, any ``c`` and any ``L``, with ``E = A - c I - L L^T``: ``lambda_min(A) >= c - ||E||``,
+  because ``x^T A x = c + ||L^T x||^2 + x^T E x`` for every unit ``x``. For ``A = F F^T`` it works up to a condition
+  number of about 1e6; for ``A = -F F^T`` it bounds ``||F||^2 = -lambda_min(A)``.
 - inverse: for any ``R``, if ``||I - F R|| <= a < 1``, then ``sigma_min >= (1 - a) / ||R||``, because
   ``1 - a <= x^T F R x <= ||F^T x|| ||R||``. Works up to about 1e12, at two to three times the cost.
-
-With the opposite sign, ``||F||^2 <= c + ||E||`` for ``E = c I - F F^T - L L^T``.
 """
 
 from __future__ import annotations
@@ -47,7 +42,7 @@ from companion.rigor.rounding import (
 )
 
 _ETA = 2.0**-1022  # what one product may lose to underflow, flushing to zero included
-_DUST = 2.0**-500  # more than everything that underflow can do to a matrix whose largest entry is in [2^-64, 2^64]
+_DUST = 2.0**-400  # more than underflow can do where no number is above 2^500, also in the root of a sum of squares
 _LOST = 2.0**-1000  # more than sqrt(n m) 2^-1022, what scaling down by a power of two may lose
 _BLOCK = 256  # columns of a panel of a symmetric product, of which only the lower half is computed
 _CHUNK = 2**21  # numbers in one temporary (16 MB)
@@ -390,7 +385,7 @@ def _inverse_bound(S: Tensor) -> float:
     Q, T = torch.linalg.qr(S.T)
     Rt = torch.linalg.solve_triangular(T, Q.T, upper=True)  # R^T, (n, m)
     del Q, T
-    if not math.isfinite(_largest(Rt)) or not Rt.any():
+    if not _largest(Rt) <= 2.0**500 or not Rt.any():
         return 0.0
     ones = S.new_ones(len(S))
     along, abs_R_ones = torch.zeros_like(ones), S.new_zeros(m)

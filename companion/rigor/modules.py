@@ -109,7 +109,6 @@ MODULES: dict[type[nn.Module], Callable[[Any, Tensor, Tensor], Ball]] = {
     nn.Softplus: lambda module, h, D: balls.softplus_ball(h, D, module.beta, module.threshold),
     Softplus: lambda module, h, D: balls.softplus_ball(h, D, module.beta),
 }
-ASSUMES_LIBRARY = (nn.Tanh, nn.Softplus, Softplus)
 
 
 def _add(first: Any, second: Any) -> Ball:

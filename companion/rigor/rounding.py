@@ -129,7 +129,7 @@ def scaled(x: Tensor, k: Tensor | int) -> Tensor:
     Returns:
         The products; what is below ``2^-1022`` is off by at most that, what is too large is infinite.
     """
-    k = torch.as_tensor(k, device=x.device).to(torch.int64)
+    k = torch.as_tensor(k, dtype=torch.int64, device=x.device)
     if has_subnormal(x):
         bits = x.view(torch.int64)
         whole = torch.where(bits & MAGNITUDE < 2**52, bits & MAGNITUDE, 0).to(torch.float64)  # |x| 2^1074

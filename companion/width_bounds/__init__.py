@@ -7,12 +7,10 @@ the loss is ``0.5 * ||F_{L-1} W_L - Y||_F^2``.  Two theorems look at one initial
 - Theorem C, the course's, derived in lesson 1, weaker hypotheses and the same conclusion: `certify`.
 
 Both only read a handful of numbers, the `Spectra` of the network; everything that decides a theorem is a plain
-function of them, batched over leading axes, so that a map over widths or scales is one call."""
+function of them, batched over leading axes, so that a map over widths or scales is one call.
+"""
 
-from companion.width_bounds.certificates import (
-    certify,
-    certify_paper,
-)
+from companion.width_bounds.certificates import certify, certify_paper
 from companion.width_bounds.fixed_points import (
     AtRadii,
     Spectra,
@@ -23,16 +21,8 @@ from companion.width_bounds.fixed_points import (
     spectra,
     two_layer_threshold,
 )
-from companion.width_bounds.training import (
-    envelope,
-    train,
-)
-from companion.width_bounds.widths import (
-    chernoff_width,
-    hermite_lower_bound,
-    proxy_spectra,
-    proxy_width,
-)
+from companion.width_bounds.training import envelope, train
+from companion.width_bounds.widths import chernoff_width, hermite_lower_bound, proxy_spectra, proxy_width
 
 __all__ = [
     "AtRadii",

@@ -22,7 +22,6 @@ from companion.certificate import Assumption, Certificate, assumed, compare, gat
 from companion.rigor.formulas import lower, upper
 from companion.width_bounds.fixed_points import (
     SHARES,
-    PaperAtRadii,
     Spectra,
     at_radii,
     ball_fixed_point,
@@ -33,10 +32,10 @@ from companion.width_bounds.fixed_points import (
     largest_residual,
     necessary_condition,
     paper_fixed_point,
-    paper_map,
     smallest_beta,
     spectra,
     theorem_c,
+    theorem_p,
 )
 
 _UNDECIDED = "undecided: the radii are too close to the edge of feasibility, or their squares leave float64"
@@ -136,13 +135,18 @@ def _data_rows(X: Tensor, width: int, L: int) -> tuple[list[Assumption], str]:
     return rows, reason
 
 
+def _resolved(rows: list[Assumption], alpha_0: float, level: str) -> list[Assumption]:
+    """The lines about the data; a certified ``alpha_0 > 0`` proves what the floating-point look at X suggests."""
+    if level == "measured" or alpha_0 == 0:
+        return rows
+    return [replace(a, status="certified") if a.status == "measured" else a for a in rows]
+
+
 def _certify_one(X: Tensor, Y: Tensor, one: list[Tensor], ask: _Asked, rows: list[Assumption]) -> Certificate:
     """Theorem C for one network; one-sided bounds on its spectra are enough, as T is monotone in each of them."""
     s = certified_spectra(X, Y, one) if ask.level == "certified" else _measured_spectra(X, Y, one)
     alpha_0 = float(s.alpha_0)
-    if ask.level == "certified" and alpha_0 > 0:  # that proves what the floating-point look at X suggests
-        rows = [replace(a, status="certified") if a.status == "measured" else a for a in rows]
-    rows = [*rows, compare("α₀ = σ_N(F_{L-1})", alpha_0, ">", 0.0, ask.level)]
+    rows = [*_resolved(rows, alpha_0, ask.level), compare("α₀ = σ_N(F_{L-1})", alpha_0, ">", 0.0, ask.level)]
     facts = {"alpha_0": alpha_0, "R_0": float(s.R_0), "phi": float(s.phi[-1])}
     if not rows[-1].holds:
         reason = "sigma_min_unresolved: no positive lower bound on the smallest singular value was found"
@@ -183,12 +187,13 @@ def _dependent(X: Tensor, Y: Tensor, one: list[Tensor]) -> str:
     F, _ = finite_features(X, Y, [W[None] for W in one])
     for layer, f in enumerate(F[1:], 1):
         found = data.degeneracies(f[0])
+        above = ", whatever the widths above" if layer < len(F) - 1 else ""
         if found.zero_rows:
             samples = ", ".join(map(str, found.zero_rows[:5]))
-            return f"; no neuron of layer {layer} is active on sample {samples}, whatever the widths above"
+            return f"; no neuron of layer {layer} is active on sample {samples}{above}"
         if found.parallel_pairs:
             i, j = found.parallel_pairs[0]
-            return f"; rows {i} and {j} of F_{layer} are, to rounding, positively parallel, whatever the widths above"
+            return f"; rows {i} and {j} of F_{layer} are, to rounding, positively parallel{above}"
     return ""
 
 
@@ -216,6 +221,8 @@ def _prove(s: Spectra, epsilon: float) -> dict[str, Any] | None:
         exact = in_fractions(s, ball.C.tolist(), epsilon)
         if exact is not None:
             d, phi, alpha, B, rho = exact
+            if lower(2 * Fraction(epsilon) / phi**2) == 0:
+                return None  # a step that is no float is no promise
             return {
                 "alpha": lower(alpha),
                 "rho": lower(rho),
@@ -308,6 +315,8 @@ def certify_paper(
     Y: Float[Tensor, "N K"],
     weights: Sequence[Tensor],
     radii: Sequence[float] | None = None,
+    *,
+    level: Literal["measured", "certified"] = "measured",
 ) -> Certificate:
     """Theorem P on one network: ``Phi_k <= (1 - eta alpha_0^2 / 8)^k Phi_0`` if it holds.
 
@@ -316,11 +325,14 @@ def certify_paper(
         Y: targets, shape (N, K), float64.
         weights: initial weights, L >= 2 tensors of shape (S, n_in, n_out) or (n_in, n_out), float64.
         radii: the constants C_l > 0, one for each layer; the optimal ones when omitted.
+        level: as in `certify`. Bounds from one side are enough: with them P implies Theorem C for every smaller norm,
+            at a step that Theorem C allows (lesson 1, dominance).
 
     Returns:
         A `Certificate` with the ratios of the left to the right sides of (i)-(iii) as its lines; ``quantities`` holds
-        ``alpha_0``, ``R_0``, ``max_step``, ``rate`` (of the loss, for one step), ``radii`` and, unless ``W_L = 0``,
-        ``necessary``, the ratio of `necessary_condition`, which must be at least 1 for any radii to exist.
+        ``alpha_0``, ``R_0``, ``max_step``, ``rate`` (of the loss, for one step), ``radii`` and, where it is measured
+        and unless ``W_L = 0``, ``necessary``, the ratio of `necessary_condition`, which must be at least 1 for any
+        radii to exist.
 
     Raises:
         TypeError: an argument is not a tensor, or not float64.
@@ -334,29 +346,36 @@ def certify_paper(
     rows, reason = _data_rows(X, stacked[-1].shape[1], len(stacked))
     if reason:
         return silent("Theorem P", rows, reason)
+    read = certified_spectra if level == "certified" else _measured_spectra
     members = []
     for i in range(len(stacked[0])):
-        s = _measured_spectra(X, Y, [W[i] for W in stacked])
-        at = paper_fixed_point(s) if radii is None else paper_map(s, s.w.new_tensor([float(c) for c in radii]))
-        members.append(_paper_one(s, at, float(necessary_condition(s, len(X))), rows))
+        s = read(X, Y, [W[i] for W in stacked])
+        C = paper_fixed_point(s).C.tolist() if radii is None else [float(c) for c in radii]
+        members.append(_paper_one(s, C, level, rows, len(X)))
     return gather(members, key=lambda member: member.quantities["alpha_0"])
 
 
-def _paper_one(s: Spectra, at: PaperAtRadii, necessary: float, rows: list[Assumption]) -> Certificate:
-    alpha_0, step = float(s.alpha_0), float(at.step)
-    rows = [*rows, compare("α₀ = σ_N(F_{L-1})", alpha_0, ">", 0.0)]
-    found = bool(at.C.any())  # optimal radii that do not exist come back as zeros
-    if found:
-        names = ("(i) α₀² / right side", "(ii) α₀³ / right side", "(iii) α₀² / right side")
-        rows += [compare(name, float(r), ">=", 1.0) for name, r in zip(names, at.ratios, strict=True)]
-    else:
-        rows.append(compare("(i) is satisfied by some radii", False, "is", True))
-    rows.append(assumed(_DESCENT))
+def _paper_one(s: Spectra, C: list[float], level: str, rows: list[Assumption], N: int) -> Certificate:
+    alpha_0, necessary = float(s.alpha_0), float(necessary_condition(s, N))
+    rows = [*_resolved(rows, alpha_0, level), compare("α₀ = σ_N(F_{L-1})", alpha_0, ">", 0.0, level)]
     quantities = {"alpha_0": alpha_0, "R_0": float(s.R_0)}
-    if math.isfinite(necessary):
+    if level == "measured" and math.isfinite(necessary):
         quantities["necessary"] = necessary
+    if not rows[-1].holds or not all(C):  # optimal radii that do not exist come back as zeros
+        rows += [Assumption("(i) is satisfied by some radii", False, "is", True, level, False), assumed(_DESCENT)]
+        return Certificate("Theorem P", False, tuple(rows), quantities, "no_radii: no C satisfies condition (i)")
+    w, radii = ([Fraction(x) for x in part] for part in (s.w.tolist(), C))
+    sides, step = theorem_p(w, *(Fraction(float(x)) for x in (s.X_F, s.alpha_0, s.R_0)), radii)
+    for name, side in zip(
+        ("(i) α₀² / right side", "(ii) α₀³ / right side", "(iii) α₀² / right side"), sides, strict=True
+    ):
+        rows.append(compare(name, lower(1 / side) if side else math.inf, ">=", 1.0, level))
+    if lower(step) == 0:
+        rows.append(Assumption("η is a float", 0.0, ">", 0.0, level, False))
     broken = [a.name.split(" ")[0] for a in rows if not a.holds]
-    if found and not broken:
-        quantities |= {"max_step": step, "rate": step * alpha_0**2 / 8, "radii": at.C.tolist()}
-    reason = f"condition {', '.join(broken)} fails" if found else "no_radii: no C satisfies condition (i)"
-    return Certificate("Theorem P", not broken, tuple(rows), quantities, "" if not broken else reason)
+    if not broken:
+        rate = step * Fraction(alpha_0) ** 2 / 8
+        quantities |= {"max_step": lower(step), "rate": lower(rate), "radii": C}
+    rows.append(assumed(_DESCENT))
+    reason = f"condition {', '.join(broken)} fails" if broken else ""
+    return Certificate("Theorem P", not broken, tuple(rows), quantities, reason)

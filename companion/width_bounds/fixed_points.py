@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import reduce
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from companion import networks, rigor
 from companion.arguments import checked
+from companion.rigor.formulas import maximum, minimum
 from companion.rigor.rounding import scaled
 
 _INFLATION = 1e-6  # the fixed points are inflated by this factor at every round, so that they end strictly inside
@@ -204,8 +206,8 @@ def at_radii(
 @checked
 def ball_map(
     s: Spectra,
-    C: Tensor,
-    epsilon: Tensor | float,
+    C: Float[Tensor, "*radii L"],
+    epsilon: Float[Tensor, "*grid"] | float,
     mode: Literal["gd", "flow"] = "gd",
     path: Literal["telescope", "plain"] = "telescope",
 ) -> AtRadii:
@@ -238,7 +240,7 @@ def ball_map(
 def ball_fixed_point(
     s: Spectra,
     *,
-    epsilon: Tensor | float = 0.25,
+    epsilon: Float[Tensor, "*grid"] | float = 0.25,
     mode: Literal["gd", "flow"] = "gd",
     path: Literal["telescope", "plain"] = "telescope",
 ) -> AtRadii:
@@ -279,9 +281,9 @@ def inflated(T: Tensor) -> Tensor:
 
 def check_share(epsilon: Tensor | float) -> None:
     """Refuse an epsilon outside (0, 1)."""
-    good = (epsilon > 0) & (epsilon < 1) if isinstance(epsilon, Tensor) else 0 < epsilon < 1
-    if not bool(good.all() if isinstance(good, Tensor) else good):
-        raise ValueError(f"epsilon is {epsilon}; a number strictly between 0 and 1 is needed")
+    for share in epsilon.flatten().tolist() if isinstance(epsilon, Tensor) else [epsilon]:
+        if not 0 < share < 1:
+            raise ValueError(f"epsilon is {share}; a number strictly between 0 and 1 is needed")
 
 
 def best_share(s: Spectra, step: float | None = None) -> float | None:
@@ -348,29 +350,32 @@ class PaperAtRadii(NamedTuple):
     feasible: Tensor
 
 
-def paper_map(s: Spectra, C: Tensor) -> PaperAtRadii:
-    """Evaluate Theorem P's three conditions and its step at radii C of shape (..., L).
+def theorem_p(w: list[Any], X_F: Any, alpha_0: Any, R_0: Any, C: list[Any]) -> tuple[list[Any], Any]:
+    """Theorem P's formula, on numbers of any kind: tensors (measured) or fractions (exact), one for each layer.
 
     With ``lambda_l = w_l + C_l``, ``P_l = prod_{p != l} lambda_p``, ``S = sum_{l<L} P_l^2 / lambda_L^2``:
     (i) ``alpha_0^2 >= 16 ||X||_F R_0 max_l P_l / C_l``, (ii) ``alpha_0^3 >= 32 ||X||_F^2 lambda_L S R_0``,
     (iii) ``alpha_0^2 >= 16 ||X||_F^2 lambda_L^2 S``.
+
+    Returns:
+        The right over the left sides of (i)-(iii), and the largest step.
     """
-    bar = s.w + C
-    P = torch.stack([_product_without(bar, layer) for layer in range(bar.shape[-1])], -1)
-    last, lowers = bar[..., -1], P[..., -1]
-    # sum_{l<L} (P_l / lambda_L)^2 without the division: lambda_L = 0 when W_L = 0 and C = 0
-    S = torch.stack([_product_without(bar[..., :-1], layer) ** 2 for layer in range(bar.shape[-1] - 1)], -1).sum(-1)
-    right = torch.stack(
-        [
-            16 * s.X_F * s.R_0 * torch.where(C > 0, P / C, math.inf).amax(-1) / s.alpha_0**2,
-            32 * s.X_F**2 * last * S * s.R_0 / s.alpha_0**3,
-            16 * s.X_F**2 * last**2 * S / s.alpha_0**2,
-        ],
-        -1,
-    )
-    hidden = (bar[..., :-1] ** -2).sum(-1)
-    step = torch.minimum(8 / s.alpha_0**2, hidden / (s.X_F * lowers * last * (hidden + last**-2)) ** 2)
-    return PaperAtRadii(C, 1 / right, step, (right <= 1).all(-1))
+    bar = [a + c for a, c in zip(w, C, strict=True)]
+    x, R, last, L = X_F / alpha_0, R_0 / alpha_0, bar[-1], len(w)
+    P = [math.prod(bar[:layer] + bar[layer + 1 :]) for layer in range(L)]
+    # x P_l / lambda_L without the division, since lambda_L may be 0; nothing is squared that may leave the floats
+    parts = [x * math.prod(bar[:layer] + bar[layer + 1 : -1]) for layer in range(L - 1)]
+    largest = reduce(maximum, (p / c for p, c in zip(P, C, strict=True)))
+    sides = [16 * x * R * largest, 32 * sum(p**2 for p in parts) * last * R, 16 * sum((p * last) ** 2 for p in parts)]
+    hidden = sum(b**-2 for b in bar[:-1])
+    return sides, minimum(8 / alpha_0**2, hidden / (X_F * P[-1] * last * (hidden + last**-2)) ** 2)
+
+
+def paper_map(s: Spectra, C: Tensor) -> PaperAtRadii:
+    """Evaluate Theorem P's three conditions and its step (`theorem_p`) at radii C of shape (..., L)."""
+    sides, step = theorem_p(list(s.w.unbind(-1)), s.X_F, s.alpha_0, s.R_0, list(C.unbind(-1)))
+    ratios = 1 / torch.stack(sides, -1)
+    return PaperAtRadii(C, ratios, step, (ratios >= 1).all(-1))
 
 
 def paper_fixed_point(s: Spectra) -> PaperAtRadii:
@@ -379,22 +384,17 @@ def paper_fixed_point(s: Spectra) -> PaperAtRadii:
     Conditions (ii) and (iii) only worsen as C grows, so that no other radii do better (lesson 1).  Where no radii
     satisfy (i), C = 0 is returned: the ratio of (i) is then 0, and those of (ii) and (iii) are upper bounds.
     """
-    scale = (16 * s.X_F * s.R_0 / s.alpha_0**2)[..., None]
     C, done = torch.full_like(s.w, _LEAST), torch.zeros_like(s.alpha_0, dtype=torch.bool)
+    scale = 16 * (s.X_F / s.alpha_0) * (s.R_0 / s.alpha_0)
     for _ in range(_MAX_ROUNDS):
-        bar = s.w + C
-        T = scale * torch.stack([_product_without(bar, layer) for layer in range(bar.shape[-1])], -1)
+        bar = (s.w + C).unbind(-1)
+        T = torch.stack([scale * math.prod(bar[:layer] + bar[layer + 1 :]) for layer in range(len(bar))], -1)
         done = (T <= C).all(-1)
         moving = ~done & (T.amax(-1) < 1e60)
         if not bool(moving.any()):
             break
         C = torch.where(moving[..., None], inflated(T), C)
     return paper_map(s, torch.where(done[..., None], C, torch.zeros_like(C)))
-
-
-def _product_without(bar: Tensor, layer: int) -> Tensor:
-    keep = [i for i in range(bar.shape[-1]) if i != layer]
-    return bar[..., keep].prod(-1)
 
 
 @checked

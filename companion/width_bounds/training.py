@@ -42,7 +42,7 @@ def envelope(certificate: Certificate, step: float | Float[Tensor, " S"], k: Ten
     if not certificate.holds or "rho" not in certificate.quantities:
         found = certificate.reason or f"it is one of {certificate.theorem}"
         raise ValueError(f"certificate does not hold ({found}); an envelope needs one of Theorem C that does")
-    if bool((k < 0).any()) or bool((k != k.round()).any() if k.is_floating_point() else False):
+    if k.is_complex() or bool((k < 0).any()) or (k.is_floating_point() and bool((k != k.round()).any())):
         raise ValueError("k holds a number that is not a count of steps; whole numbers >= 0 are needed")
     members = certificate.members or (certificate,)
     curves = [_curve(m.quantities, eta, k) for m, eta in zip(members, _steps(step, len(members)), strict=True)]

@@ -60,8 +60,11 @@ def _proxy(X: Tensor, Y: Tensor, lower: Sequence[Tensor], scale: float, last: st
         raise ValueError(f"scale is {scale}; a positive number is needed")
     if len(lower):
         networks.check_weights(lower, X)
+        if lower[0].ndim == 3 and len(lower[0]) != 1:
+            raise ValueError(f"lower holds {len(lower[0])} networks; one is needed")
+        lower = [W.reshape(W.shape[-2:]) for W in lower]
     top = X.new_zeros(lower[-1].shape[-1] if len(lower) else X.shape[1], 1)
-    below = [f.reshape(f.shape[-2:]) for f in networks.features([*lower, top], X)]
+    below = [f[0] for f in networks.features([*lower, top], X)]
     small, large, trace = _kernel_ends(below[-1])
     fixed_w = [rigor.spectral_norm(W) for W in lower]
     fixed_phi = [rigor.spectral_norm(f) for f in below]

@@ -26,8 +26,9 @@ def test_e1s_saddles_and_barrier():
     assert float(saddle.loss) == pytest.approx(10, abs=1e-12)
     assert float(saddle.gradient.abs().max()) < 1e-12
     values = torch.linalg.eigvalsh(saddle.hessian[0])
-    assert float(values[0]) == pytest.approx(-9.36771, abs=1e-5)
-    assert float(values.prod()) == pytest.approx(-98, abs=1e-9)
+    # s^2 = 7/8: sin 3w = -s/2, cos 3w = -5c/2, so the Hessian is [[35/32, -28 c], [-28 c, 0]] with c^2 = 1/8
+    root = math.sqrt((35 / 32) ** 2 + 4 * 98)
+    assert values.tolist() == pytest.approx([(35 / 32 - root) / 2, (35 / 32 + root) / 2], rel=1e-12)
 
 
 def test_e1_with_soft_labels_and_cross_entropy():
@@ -37,25 +38,35 @@ def test_e1_with_soft_labels_and_cross_entropy():
     torch.testing.assert_close(
         d.hessian[0], torch.diag(torch.tensor([4 / 9, 2 * math.log(2)], dtype=F64)), atol=1e-12, rtol=0
     )
-    assert float(d.loss) == pytest.approx(1.273028, abs=1e-6)
+    assert float(d.loss) == pytest.approx(math.log(4.5) - math.log(2) / 3, abs=1e-12)  # f = (ln 2, -ln 2)
     lower, _, _ = e1_at(math.pi / 6, -2.0)
-    assert float(shallow.loss_derivatives(lower, X, p, "sin", loss="logistic").loss) == pytest.approx(
-        1.023523, abs=1e-6
-    )
+    at_lower = math.log1p(math.exp(-1)) + math.log1p(math.exp(-2)) + 5 / 12 + 2 / 12  # f = (-1, -2)
+    assert float(shallow.loss_derivatives(lower, X, p, "sin", loss="logistic").loss) == pytest.approx(at_lower)
+    assert at_lower < float(d.loss)
 
 
 def test_e4_is_a_strict_minimum_with_an_indefinite_dual_hessian():
     weights, X, Y = basins.example_e4().tensors()
     d = shallow.loss_derivatives(weights, X, Y, "exp")
     assert float(d.loss) == pytest.approx(2673 / 512, abs=1e-12)
-    expected = torch.tensor([0.5, 3.16281, 11.49344], dtype=F64)
-    torch.testing.assert_close(torch.linalg.eigvalsh(d.hessian[0]), expected, atol=1e-5, rtol=0)
+    e4 = basins.example_e4()
+    (a, b, _), (_, c, _), (_, _, last) = e4.point.derivatives(
+        e4.X, e4.y
+    ).hessian  # the second input weight stands apart
+    root = math.sqrt((a - c) ** 2 + 4 * b * b)
+    assert last == Fraction(1, 2)
+    expected = [0.5, (float(a + c) - root) / 2, (float(a + c) + root) / 2]
+    assert torch.linalg.eigvalsh(d.hessian[0]).tolist() == pytest.approx(expected, rel=1e-12)
     _, _, hess = shallow.dual_function(d.e, X, "exp", weights[0])
     torch.testing.assert_close(hess[0, 0], torch.diag(torch.tensor([4.5, -1.5], dtype=F64)), atol=1e-10, rtol=0)
     certificate = basins.example_e4().certificate()
     assert certificate.status == "exact"
     assert certificate.quantities["L"] == Fraction(2673, 512)
-    assert certificate.quantities["L of the competitor"] == pytest.approx(4.269249, abs=1e-6)
+    h = [64, 1, Fraction(1, 4), 1]  # the features of w = (ln 4, 0); v is at its best
+    least = (
+        sum(t * t for t in e4.y) - sum(s * t for s, t in zip(h, e4.y, strict=True)) ** 2 / sum(s * s for s in h)
+    ) / 2
+    assert certificate.quantities["L of the competitor"] == pytest.approx(float(least), rel=1e-14)
 
 
 def test_e1s_certificate_is_exact():

@@ -12,8 +12,9 @@ from companion.basins import langevin, shallow
 F64 = torch.float64
 
 
-@pytest.mark.parametrize(("T", "tau"), [(0.4, 8.728), (0.25, 32.67), (0.2, 82.51), (0.15, 408.6)])
+@pytest.mark.parametrize(("T", "tau"), [(0.4, 8.730), (0.25, 32.678), (0.2, 82.542), (0.15, 408.788)])
 def test_the_pde_gives_the_known_exit_times(T, tau):
+    """By another scheme: Scharfetter-Gummel on the nodes of a grid of 1/240, a sparse solver."""
     assert basins.exit_time_of_e1(T) == pytest.approx(tau, rel=0.005)
 
 
@@ -43,10 +44,11 @@ def test_eyring_kramers_for_e1():
     at_min = shallow.loss_derivatives(*e1_at(), "sin").hessian[0]
     saddle = shallow.loss_derivatives(*e1_at(math.asin(math.sqrt(7 / 8)), 0.0), "sin").hessian[0]
     tau = basins.eyring_kramers(at_min, saddle, 1.0, 0.2, 2)
-    assert tau / math.exp(5) == pytest.approx(0.479191, abs=1e-5)
-    assert basins.exit_time_of_e1(0.15) / basins.eyring_kramers(at_min, saddle, 1.0, 0.15, 2) == pytest.approx(
-        1.085, abs=0.01
-    )
+    assert math.isinf(basins.eyring_kramers(at_min, saddle, 1.0, 1e-3, 2))
+    lowest = (35 / 32 - math.sqrt((35 / 32) ** 2 + 4 * 98)) / 2
+    assert tau / math.exp(5) == pytest.approx(math.pi / abs(lowest) * math.sqrt(98 / 48), rel=1e-9)
+    ratio = [basins.exit_time_of_e1(T) / basins.eyring_kramers(at_min, saddle, 1.0, T, 2) - 1 for T in (0.4, 0.2)]
+    assert 0 < ratio[1] < ratio[0] / 2  # the law is approached, linearly in T
 
 
 def test_walkers_agree_with_the_pde_at_width_one():
@@ -58,13 +60,12 @@ def test_walkers_agree_with_the_pde_at_width_one():
 
 def test_walkers_leave_fast_at_width_two():
     g = torch.Generator().manual_seed(1)
-    shares = torch.distributions.Dirichlet(torch.ones(2, dtype=F64))
-    torch.manual_seed(0)
-    v = shares.sample((400,))[..., None]
+    v = -torch.log(torch.rand(400, 2, generator=g, dtype=F64))  # uniform shares
+    v = (v / v.sum(1, keepdim=True))[..., None]
     W = torch.full((400, 1, 2), math.pi / 2, dtype=F64)
     _, X, Y = e1_at()
     times = basins.exit_times([W, v], X, Y, "sin", 0.2, level=4.5, generator=g)
-    assert float(times.mean()) == pytest.approx(1.29, abs=0.2)
+    assert float(times.mean()) == pytest.approx(1.313, abs=0.2)  # 1.313 +- 0.02 by another program, steps of 0.002
 
 
 def test_a_walker_that_stays_has_no_exit_time_and_noise_does_not_depend_on_the_others():

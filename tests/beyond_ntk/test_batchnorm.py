@@ -39,3 +39,24 @@ def test_switching_refuses():
     norms[1].weight = norms[0].weight
     with pytest.raises(ValueError, match="shares its parameters"):
         batchnorm.switch_batchnorm(norms, {"0": (one, one), "1": (one, one)})
+
+
+def test_a_layer_that_is_called_twice_has_no_statistics():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.layer = nn.BatchNorm1d(3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.norm(self.layer(self.norm(x)))
+
+    with pytest.raises(ValueError, match="BatchNorm 'norm' is called twice"):
+        batchnorm.batchnorm_statistics(Twice().double(), torch.ones(4, 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("variance", [-1.0, float("nan")])
+def test_variances_are_not_negative(variance):
+    model = nn.Sequential(nn.BatchNorm1d(2)).double()
+    statistics = {"0": (torch.zeros(2).double(), torch.full((2,), variance, dtype=torch.float64))}
+    with pytest.raises(ValueError, match="variance below 0 or NaN"):
+        batchnorm.switch_batchnorm(model, statistics)

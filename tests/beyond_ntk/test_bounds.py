@@ -1,6 +1,7 @@
 """Rates, exact curves, gaps and floors of lesson 3, against runs and closed forms."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -95,6 +96,33 @@ def test_cross_entropy_corollary_holds():
     assert float(rb.cross_entropy_bound(0.0, 6, 3, 10, step=0.1)) == math.inf
 
 
+def test_rates_are_the_theorems_text():
+    """``R^2 / (2 eta t)``, ``2 R^2 / (eta (t+1)^2)``, ``(K-1)/t + (V_0 + sqrt(N) log t / sigma_N)^2 / (2 eta t)``."""
+    for seed in range(20):
+        R, eta, sigma, size = torch.rand(4, generator=seeded(seed), dtype=torch.float64).add(0.1).tolist()
+        N, K, t = 3 + seed, 2 + seed % 4, 1 + 7 * seed
+        exact = [Fraction(x) for x in (R, eta, sigma, size)]
+        assert rb.gd_rate(exact[0], exact[1], t) == exact[0] ** 2 / (2 * exact[1] * t)
+        assert rb.nesterov_rate(exact[0], exact[1], t) == 2 * exact[0] ** 2 / (exact[1] * (t + 1) ** 2)
+        assert rb.contraction(exact[2], N, exact[1], exact[3]) == exact[1] * exact[3] * exact[2] ** 2 / N
+        found = float(rb.cross_entropy_bound(sigma, N, K, t, step=eta, V0_norm=size))
+        text = (K - 1) / t + (size + math.sqrt(N) * math.log(t) / sigma) ** 2 / (2 * eta * t)
+        assert found == pytest.approx(text, rel=1e-12)
+
+
+def test_gradient_descent_comes_within_six_of_its_rate():
+    """One sample, one feature, squared loss: ``L(V_t) = (1 - eta)^(2t) / 2``, and R = 1."""
+    M, Y = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
+    for t in (3, 10, 1000):
+        step = 1 / (2 * t + 1)
+        curve = rb.exact_curve(M, torch.ones(1, 1, dtype=torch.float64), Y, t, step=step)
+        bound = rb.gd_rate(1.0, step, t)
+        assert float(curve) == pytest.approx((1 - step) ** (2 * t) / 2, rel=1e-12)
+        assert bound / 6 < float(curve) <= bound / 2  # the sharp constant is 1 / (4 eta t)
+        found = rb.comparator_bound(M, torch.ones(1, 1, dtype=torch.float64), Y, t, step=step)
+        assert float(found) == pytest.approx(min(0.5, bound), rel=1e-12)
+
+
 def test_kaczmarz_contracts_on_average():
     M, V0, Y = problem(5, 8)
     t = [0, 40, 160]
@@ -122,6 +150,22 @@ def test_sgd_average_stays_below_its_bound():
     assert (
         float((torch.linalg.vector_norm(slopes, dim=1) * torch.linalg.vector_norm(M, dim=1)).max()) <= math.sqrt(2) * B
     )
+
+
+def test_sgd_pays_for_its_step():
+    """A large step: the mean of the iterates is above everything in the bound but ``eta B^2``."""
+    M, labels = torch.ones(2, 1, dtype=torch.float64), torch.tensor([0, 1])
+    V0 = torch.zeros(1, 2, dtype=torch.float64)
+    for step in (3.0, 10.0, 30.0):
+        runs = phase2.single_sample_sgd(
+            M, V0, labels, loss="cross_entropy", step=step, steps=400, S=100, every=400, generator=seeded(1)
+        )
+        mean = ll.average_loss(M, runs.V, labels, "cross_entropy").mean()
+        bound = float(rb.sgd_bound(M, V0, labels, 400, step=step))
+        assert bound == pytest.approx(math.log(2) + step, rel=1e-2)  # the best V is 0, where the runs begin
+        assert float(mean) > 1.1 * math.log(2)  # the last iterates stay away from it
+        average = ll.average_loss(M, runs.average, labels, "cross_entropy").mean()
+        assert float(average) <= bound
 
 
 @given(st.integers(0, 10_000), st.sampled_from([1e-1, 1e-2, 1e-3]))

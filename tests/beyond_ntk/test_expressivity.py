@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from making import gaussian
+from making import gaussian, seeded
 from torch import nn
 
 from companion import data, networks
@@ -101,6 +101,25 @@ def test_partners_cut_to_the_next_one_are_caught(monkeypatch):
     monkeypatch.setattr(expressivity, "_pairs", next_only)
     xi, D = nested()
     assert any(not touching(xi, D) <= set(separation(xi, D, seed=seed).pairs) for seed in range(20))
+
+
+def test_balls_that_touch_are_not_apart():
+    """Dyadic numbers, nothing rounds: a gap of exactly ``D_i + D_j`` may be no gap."""
+    xi = torch.tensor([[0.0], [1.0], [2.0]], dtype=torch.float64)
+    half = torch.full_like(xi, 0.5)
+    assert separation(xi, half).pairs == [(0, 1), (1, 2)]
+    assert separation(xi, half * (1 - 1e-12)).unresolved == 0
+    one_sided = torch.tensor([[1.0], [0.0], [1.0]], dtype=torch.float64)
+    assert separation(xi, one_sided).pairs == [(0, 1), (0, 2), (1, 2)]
+
+
+def test_projections_are_rounded_outward():
+    """With equal numbers the computed projections agree; the intervals must meet for every seed."""
+    xi = gaussian(1, 7).expand(3, 7).contiguous()
+    for seed in range(50):
+        found = separation(xi, seed=seed)
+        assert found.inspected == 3
+        assert found.unresolved == 3
 
 
 def test_separation_scales_and_subnormals():
@@ -236,6 +255,38 @@ def test_other_activations_are_refused(activation, reason):
     assert certificate.reason == reason
 
 
+def test_a_sharpness_set_by_hand_is_looked_at():
+    model = nn.Sequential(nn.Linear(3, 6), networks.Softplus(2.0), nn.Linear(6, 2)).double()
+    assert certify_expressivity(model, gaussian(5, 3))
+    for beta in (0.0, -1.0, math.inf, math.nan):
+        model[1].beta = beta
+        assert certify_expressivity(model, gaussian(5, 3)).reason.startswith("activation: Softplus (1) has beta = ")
+
+
+def test_the_softplus_of_torch_gets_its_hint_as_a_function_too():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wide, self.last = nn.Linear(3, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.last(F.softplus(self.wide(x)))
+
+    words = "activation: softplus in Net is clipped, not analytic; use companion.networks.Softplus"
+    assert certify_expressivity(Net(), gaussian(5, 3)).reason == words
+
+
+def test_equal_means_over_two_axes_are_not_told_apart():
+    """Two samples with the same rows in another order: pooled over both axes they are equal, and no more than rounding
+    differs, which grows with all numbers of the window."""
+    rows = torch.rand(3000, 2, generator=seeded(), dtype=torch.float64)
+    X = torch.stack([rows, rows[torch.randperm(3000, generator=seeded())]])
+    model = nn.Sequential(nn.AdaptiveAvgPool2d((1, 2)), nn.Flatten(), nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 1))
+    certificate = certify_expressivity(model.double(), X)
+    assert not certificate.holds
+    assert certificate.reason.startswith(("not_separated", "no_enclosure"))
+
+
 def test_functions_as_activations():
     class Own(nn.Module):
         def __init__(self, act):
@@ -368,10 +419,10 @@ def test_the_skip_around_the_wide_layer_is_refused():
 
 
 def test_layers_without_enclosure_are_named():
-    model = nn.Sequential(nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
-    assert reason(model) == "no_enclosure: no enclosure for Sigmoid (1)"
+    model = nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
+    assert reason(model) == "no_enclosure: no enclosure for GELU (1)"
     model[1].register_forward_hook(lambda module, args, out: out)
-    assert reason(model).startswith("no_enclosure: no enclosure for Sigmoid (1): it has forward hooks")
+    assert reason(model).startswith("no_enclosure: no enclosure for GELU (1): it has forward hooks")
 
 
 def test_last_is_found_or_given():

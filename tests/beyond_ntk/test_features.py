@@ -21,7 +21,7 @@ def test_empirical_ntk_is_the_closed_form():
 
 
 def test_empirical_ntk_of_a_resnet_against_plain_autograd():
-    model = vision.conv_resnet((1, 4, 4), (2, 3), 5, 2, dropout=0.5, generator=seeded()).train()
+    model = vision.conv_resnet((1, 4, 4), (2, 3), 5, 2, generator=seeded()).train()
     X = torch.randn(4, 16, generator=seeded(1), dtype=torch.float64)
     found = features.empirical_ntk(model, X)
     assert model.training
@@ -55,5 +55,28 @@ def test_alignment(unchecked):
     assert features.cka(K, B @ B.T) == pytest.approx(float((A.T @ B).square().sum() / norms))
     with pytest.raises(ValueError, match="constant"):
         features.cka(K, torch.ones_like(K))
-    with pytest.raises(ValueError, match="equal shapes"):
+    with pytest.raises(ValueError, match="N = 8, as in K"):
         features.cka(K, K[:2, :2])
+
+
+def test_models_without_one_vector_a_sample_are_refused(unchecked):
+    class Odd(nn.Module):
+        def __init__(self, answer):
+            super().__init__()
+            self.layer, self.answer = nn.Linear(3, 2).double(), answer
+
+        def forward(self, x):
+            return self.answer(self.layer(x))
+
+    X = torch.randn(4, 3, generator=seeded(), dtype=torch.float64)
+    for answer, error, words in (
+        (lambda q: {"q": q}, TypeError, "the model returns a dict"),
+        (lambda q: q[:, None], ValueError, "a vector is needed"),
+        (lambda q: q @ q, ValueError, "the model fails on X"),
+    ):
+        with pytest.raises(error, match=words):
+            features.empirical_ntk(Odd(answer), X)
+    kept = X.clone()
+    found = features.empirical_ntk(Odd(lambda q: q), X)
+    assert torch.equal(X, kept)
+    torch.testing.assert_close(found, 2 * (X @ X.T + 1))

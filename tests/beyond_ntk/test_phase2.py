@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from fractions import Fraction
 
 import pytest
 import torch
@@ -208,3 +209,29 @@ def bad(M=None, V=None, Y=None, loss="squared", **rest):
 def test_bad_input_is_named(call, error, words, unchecked):
     with pytest.raises(error, match=words):
         call()
+
+
+def test_losses_beyond_the_floats_are_named(unchecked):
+    M, V0, Y = problem()
+    with pytest.raises(ValueError, match="the loss at V0 overflows"):
+        phase2.phase2_lbfgs(M, V0 * 1e300, Y)
+    with pytest.raises(ValueError, match="M has 3 axes and V0 has 2"):
+        phase2.phase2_gd(M[None], V0, Y)
+    with pytest.raises(ValueError, match="S is 0"):
+        phase2.single_sample_sgd(M, V0, Y, S=0, generator=seeded())
+
+
+def test_how_surely_a_step_is_covered():
+    M, V0, Y = problem()
+    L_H = float(ll.curvature(M))
+    for step, expected in ((None, "certified"), (0.5 / L_H, "certified"), (1 / L_H * (1 + 1e-8), "measured")):
+        assert phase2.phase2_gd(M, V0, Y, step=step, steps=1, centred=False).covered == expected
+    single = phase2.phase2_gd(M.float(), V0.float(), Y.float(), steps=1)
+    assert single.covered == "measured"
+    for centred in (True, False):  # the step of a certified run is below 1 / L_H in exact arithmetic
+        run = phase2.phase2_gd(M, V0, Y, steps=1, centred=centred)
+        A = ll.centre(M).features(M) if centred else M
+        exact = [[Fraction(x) for x in row] for row in A.tolist()]
+        x = [Fraction(v) for v in torch.linalg.svd(A)[2][0].tolist()]
+        Ax = [sum(a * b for a, b in zip(row, x, strict=True)) for row in exact]
+        assert Fraction(run.step) * sum(v * v for v in Ax) <= len(M) * sum(v * v for v in x)

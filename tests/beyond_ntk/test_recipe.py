@@ -4,41 +4,13 @@ import math
 
 import pytest
 import torch
-from making import seeded
+from making import images, resnet, seeded, sgd
+from making import run_two_phase as run
 from torch import nn
 
 from companion.beyond_ntk import last_layer, vision
 from companion.beyond_ntk import recipe as two_phase
 from companion.beyond_ntk.recipe import relative_noise
-
-
-def images(N=40, K=3, dtype=torch.float32):
-    X = torch.randn(N, 16, generator=seeded(1), dtype=torch.float32).to(dtype)
-    return X, torch.arange(N) % K
-
-
-def resnet(seed=0, dropout=0.3, dtype=torch.float32):
-    return vision.conv_resnet((1, 4, 4), (3, 4), 45, 3, dropout=dropout, generator=seeded(seed), dtype=dtype)
-
-
-def sgd(params):
-    return torch.optim.SGD(params, 0.05, momentum=0.9)
-
-
-def run(model, tau=2, X=None, y=None, optimizer=sgd, seed=7, **options):
-    X0, y0 = images()
-    options = {"batch": 16, "augment": vision.random_shift((1, 4, 4), 1)} | options
-    return two_phase.two_phase(
-        model,
-        model.last,
-        X0 if X is None else X,
-        y0 if y is None else y,
-        optimizer,
-        tau,
-        generator=seeded(seed),
-        **options,
-    )
-
 
 # --- phase 1 is the plain algorithm -----------------------------------------------------------------------------------
 
@@ -302,90 +274,6 @@ def test_scheduler_steps_after_every_epoch():
     assert rule.param_groups[0]["lr"] == pytest.approx(0.05 / 8)
 
 
-# --- resuming ---------------------------------------------------------------------------------------------------------
-
-
-class Stop(Exception):
-    pass
-
-
-@pytest.mark.parametrize(
-    "make", [sgd, lambda p: torch.optim.Adam(p, 1e-2), lambda p: torch.optim.LBFGS(p, 0.1, max_iter=3)]
-)
-@pytest.mark.parametrize("after", [2, 4, 7])
-def test_a_killed_run_ends_with_the_same_bits(tmp_path, make, after):
-    options = {
-        "tau": 3,
-        "optimizer": make,
-        "observe": {"norm": lambda m: m.wide.weight.norm()},
-        "snapshots": (1,),
-        "scheduler": lambda r: torch.optim.lr_scheduler.CosineAnnealingLR(r, 3),
-        "phase2": "nesterov",
-        "options": {"steps": 10},
-    }
-    whole_model = resnet()
-    whole = run(whole_model, **options)
-    shift, calls = vision.random_shift((1, 4, 4), 1), []
-
-    def killer(batch):
-        calls.append(1)
-        if len(calls) > after:
-            raise Stop
-        return shift(batch)
-
-    with pytest.raises(Stop):
-        run(resnet(), checkpoint=tmp_path, checkpoint_every=1, **options, augment=killer)
-    model = resnet()
-    done = []
-
-    def counter(batch):
-        done.append(1)
-        return shift(batch)
-
-    again = run(model, checkpoint=tmp_path, checkpoint_every=1, **options, augment=counter)
-    assert len(done) == 9 - after  # three epochs of three mini-batches, none twice
-    for (name, p), q in zip(model.state_dict().items(), whole_model.state_dict().values(), strict=True):
-        assert torch.equal(p, q), name
-    assert torch.equal(again.phase1, whole.phase1)
-    assert torch.equal(again.observed["norm"], whole.observed["norm"])
-    assert torch.equal(again.snapshots[1]["last.bias"], whole.snapshots[1]["last.bias"])
-    assert again.loss == whole.loss
-    # and once more from the finished phases
-    assert run(resnet(), checkpoint=tmp_path, **options).loss == whole.loss
-
-
-def test_checkpoints_of_other_runs_are_refused(tmp_path):
-    run(resnet(), checkpoint=tmp_path, phase2=None)
-    with pytest.raises(ValueError, match="another batch"):
-        run(resnet(), checkpoint=tmp_path, phase2=None, batch=8)
-    with pytest.raises(ValueError, match="another model"):
-        run(resnet(5), checkpoint=tmp_path, phase2=None)
-    with pytest.raises(ValueError, match="another optimizer"):
-        run(resnet(), checkpoint=tmp_path, phase2=None, optimizer=lambda p: torch.optim.SGD(p, 0.01, momentum=0.9))
-    (tmp_path / "phase1.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="cannot be read"):
-        run(resnet(), checkpoint=tmp_path, phase2=None)
-
-
-def test_an_interrupt_saves_first(tmp_path):
-    import signal
-
-    shift, calls = vision.random_shift((1, 4, 4), 1), []
-
-    def interrupter(batch):
-        calls.append(1)
-        if len(calls) == 4:
-            signal.raise_signal(signal.SIGINT)
-        return shift(batch)
-
-    with pytest.raises(KeyboardInterrupt):
-        run(resnet(), checkpoint=tmp_path, phase2=None, augment=interrupter)
-    model, whole = resnet(), resnet()
-    run(model, checkpoint=tmp_path, phase2=None)
-    run(whole, phase2=None)
-    assert torch.equal(model.wide.weight, whole.wide.weight)
-
-
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -393,11 +281,11 @@ def test_an_interrupt_saves_first(tmp_path):
     ("options", "error", "words"),
     [
         ({"X": torch.ones(40, 16, dtype=torch.int64)}, TypeError, "X has dtype torch.int64"),
-        ({"X": torch.full((40, 16), math.nan)}, ValueError, "X holds NaN"),
+        ({"X": torch.full((40, 16), math.nan)}, ValueError, r"X\[0, 0\] is nan"),
         ({"X": torch.ones(0, 16), "y": torch.ones(0, dtype=torch.int64)}, ValueError, "X has shape"),
         ({"y": torch.zeros(40, dtype=torch.int64)}, ValueError, "one class only"),
         ({"y": torch.arange(40)}, ValueError, "labels 0 to 39"),
-        ({"y": torch.zeros(39, dtype=torch.int64)}, ValueError, "y has 39"),
+        ({"y": torch.zeros(39, dtype=torch.int64)}, ValueError, r"\(N,\) with N = 40"),
         ({"loss": "hinge"}, ValueError, "loss is 'hinge'"),
         ({"phase2": "adam"}, ValueError, "phase2 is 'adam'"),
         ({"tau": -1}, ValueError, "tau is -1"),
@@ -420,10 +308,157 @@ def test_a_foreign_last_layer_is_refused(unchecked):
     model = resnet()
     for last, error, words in (
         (nn.Linear(45, 3), ValueError, "no part of model"),
-        (model.stem[0], TypeError, "last is Conv2d"),
+        (model.stem[0], ValueError, "last is a Conv2d"),
     ):
         with pytest.raises(error, match=words):
             two_phase.two_phase(model, last, X, y, sgd, 1, generator=seeded())
     alone = nn.Sequential(nn.Linear(16, 3))
     with pytest.raises(ValueError, match="no linear layer before last"):
         two_phase.hidden_parameters(alone, alone[0], "wide")
+
+
+# --- what belongs together, and what is left alone --------------------------------------------------------------------
+
+
+class Centring(nn.Module):
+    """A forward that changes the rows that it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.last = nn.Linear(16, 60), nn.Linear(60, 3)
+
+    def forward(self, x):
+        x -= 0.5
+        return self.last(torch.tanh(self.wide(x)))
+
+
+@pytest.mark.parametrize("make", [sgd, lambda p: torch.optim.LBFGS(p, 0.1, max_iter=3)])
+def test_a_forward_that_works_in_place_leaves_the_data_alone(make):
+    X, y = images()
+    kept, model = X.clone(), Centring()
+    result = run(model, X=X, optimizer=make, augment=None, options={"steps": 300})
+    assert torch.equal(X, kept)
+    with torch.no_grad():
+        assert result.loss == pytest.approx(float(nn.functional.cross_entropy(model(kept.double()), y)), rel=1e-9)
+    features = two_phase.last_layer_features(model, model.last, X.double())
+    assert torch.equal(X, kept)
+    torch.testing.assert_close(features, torch.tanh(model.wide(kept.double() - 0.5)).detach())
+
+
+def test_a_last_layer_that_shares_its_numbers_is_refused(unchecked):
+    def tied():
+        model = nn.Sequential(nn.Linear(16, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+        model[4].weight = model[2].weight
+        return model
+
+    def viewed():
+        model = tied()
+        model[4].weight = nn.Parameter(model[2].weight.detach().T)
+        return model
+
+    X, y = images()
+    for model in (tied(), viewed()):
+        before = [p.clone() for p in model.parameters()]
+        with pytest.raises(ValueError, match="last shares its parameters with another layer"):
+            two_phase.two_phase(model, model[4], X, y, sgd, 1, generator=seeded())
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_one_sample_left_over_is_no_mini_batch_of_its_own():
+    model = resnet()  # it has BatchNorm
+    X, y = images(33)
+    assert run(model, X=X, y=y, augment=None).loss < math.log(3)
+
+
+class Answer(nn.Module):
+    """A network whose answer is something else than the outputs of its last layer."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.wide, self.last, self.answer = nn.Linear(16, 60), nn.Linear(60, 3), answer
+
+    def forward(self, x):
+        return self.answer(self.last(torch.tanh(self.wide(x))))
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "words"),
+    [
+        (lambda q: {"logits": q}, TypeError, "the model returns a dict; one tensor of outputs is needed"),
+        (lambda q: (q, q), TypeError, "the model returns a tuple"),
+        (lambda q: torch.log_softmax(q, 1), ValueError, "last is not the model's output"),
+        (lambda q: q[:, None], ValueError, r"the model's outputs for 2 rows have shape \(2, 1, 3\)"),
+        (lambda q: q * torch.tensor(math.nan), ValueError, "last is not the model's output"),
+        (lambda q: q.undefined, ValueError, "the model fails on X, torch.float32 \\(2, 16\\): .*undefined"),
+    ],
+)
+def test_models_that_do_not_fit_are_refused_before_anything_is_changed(answer, error, words, unchecked):
+    model = Answer(answer)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(error, match=words):
+        run(model, augment=None)
+    assert model.training
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"X": images()[0][:, :9]}, r"the model fails on X, torch.float32 \(2, 9\)"),
+        ({"X": images()[0].double()}, r"the model fails on X, torch.float64 \(2, 16\)"),
+        ({"optimizer": sgd(resnet().parameters())}, "optimizer holds parameters that are not the model's"),
+        ({"where": "wide", "wide": nn.Linear(4, 45)}, "wide is no hidden layer of model"),
+    ],
+)
+def test_things_that_do_not_belong_together(options, words, unchecked):
+    model = resnet()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match=words):
+        run(model, augment=None, **options)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_one_sample_cannot_train_batchnorm(unchecked):
+    model = nn.Sequential(nn.Linear(16, 20), nn.BatchNorm1d(20), nn.Tanh(), nn.Linear(20, 3)).double()
+    with pytest.raises(ValueError, match=r"the model fails on X.*more than 1 value per channel"):
+        two_phase.two_phase(
+            model, model[3], torch.ones(1, 16).double(), torch.ones(1, 3).double(), sgd, 1, loss="squared",
+            generator=seeded(),
+        )  # fmt: skip
+
+
+def test_frozen_parameters_get_no_noise(unchecked):
+    model = resnet()
+    model.stem.requires_grad_(False)
+    before = [p.clone() for p in model.stem.parameters()]
+    moved = model.wide.weight.clone()
+    run(model, tau=0, phase2=None, noise=0.1)
+    assert all(torch.equal(p, q) for p, q in zip(model.stem.parameters(), before, strict=True))
+    assert not torch.equal(model.wide.weight, moved)
+    model.requires_grad_(False)
+    model.last.requires_grad_(True)
+    with pytest.raises(ValueError, match="no trainable parameter for the noise"):
+        run(model, tau=0, phase2=None)
+
+
+def test_small_integers_are_labels_too():
+    _, y = images()
+    assert run(resnet(), y=y.to(torch.int32)).loss == run(resnet()).loss
+
+
+def test_inference_mode_is_left_for_the_run():
+    X, y = images()
+    model = resnet()
+    with torch.inference_mode():
+        result = two_phase.two_phase(model, model.last, X.clone(), y.clone(), sgd, 1, batch=16, generator=seeded())
+    assert math.isfinite(result.loss)
+
+
+def test_the_loss_is_the_model_s_own():
+    X, y = images()
+    model = resnet()
+    result = run(model, options={"steps": 50})
+    with torch.no_grad():
+        assert result.loss == pytest.approx(float(nn.functional.cross_entropy(model(X.double()), y)), rel=1e-12)
+    assert result.loss == pytest.approx(float(result.phase2.losses[-1]), rel=1e-9)
+    assert result.loss < result.noisy

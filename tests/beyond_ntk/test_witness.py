@@ -1,5 +1,6 @@
 """The witness with its bound, and probabilities that need no network."""
 
+import itertools
 import math
 
 import mpmath
@@ -72,3 +73,28 @@ def test_noise_alone_bounds_no_singular_value():
     h = networks.Softplus()(A * gap / 2 + a), networks.Softplus()(-A * gap / 2 + a)
     measured = float(((h[0] - h[1]).abs() <= eps).double().mean())
     assert measured == pytest.approx(math.erf(math.sqrt(2) * eps / (s * gap)), abs=0.005)
+
+
+def test_tiny_gaps(unchecked):
+    z = torch.tensor([0.0, 1e-200, 1.0], dtype=torch.float64)
+    w = witness.spline_witness(z * 1e-3, 1.0)
+    assert w.bound > 0
+    with pytest.raises(ValueError, match="the weights overflow, larger gaps are needed"):
+        witness.spline_witness(z * 1e-110, 1.0)
+    with pytest.raises(ValueError, match="beta is 0"):
+        witness.spline_witness(z, 0.0)
+
+
+def test_the_bound_is_the_theorem_s():
+    """``min(1, s) (1 / F - N ln 2 / (beta s))``, ``F = sqrt(1 + 6 (N - 1) / g^2)``, in 40 digits."""
+    for seed in range(20):
+        z = torch.rand(5, generator=seeded(seed), dtype=torch.float64)
+        beta = 0.5 + seed
+        for s in (None, 1e6):
+            w = witness.spline_witness(z, beta, s)
+            with mpmath.workdps(40):
+                v = sorted(map(mpmath.mpf, z.tolist()))
+                gap = min(b - a for a, b in itertools.pairwise(v))
+                F, scale = mpmath.sqrt(1 + 24 / gap**2), mpmath.mpf(float(w.weight[0]))
+                exact = min(1, scale) * (1 / F - 5 * mpmath.log(2) / (beta * scale))
+            assert w.bound == pytest.approx(float(exact), rel=1e-12)

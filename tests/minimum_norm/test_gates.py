@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from companion import rigor
 from companion.minimum_norm import gates
 
 
@@ -82,3 +83,14 @@ def test_a_closed_loop_stays_closed_when_everything_is_rebuilt_from_its_q(refere
     # the certified loop is the weaker statement
     plain = gates.close_loop(gates.Problem.of(*arguments, "measured"), reference)
     assert float(plain.Q_star) <= float(loop.Q_star) * (1 + 1e-9)
+
+
+def test_eigenvalues_and_norms_hold_for_every_matrix_in_an_interval():
+    X, W = layer(N=2, S=1)
+    p = gates.Problem.of(X, X.new_ones(1, 2), W, X.new_ones(1, 60), X.new_ones(1), "certified")
+    G = rigor.Interval.around(torch.eye(2, dtype=torch.float64)[None], torch.full((1, 2, 2), 0.1, dtype=torch.float64))
+    assert 0.79 < float(p.smallest(G)) <= 0.8  # (0.9, -0.1) twice
+    assert 1.2 <= float(p.largest(G)) < 1.21
+    assert 1.2 <= float(p.norm(G)) < 1.21
+    hidden = G * torch.tensor([[[1.0, 10.0], [10.0, 100.0]]], dtype=torch.float64)
+    assert float(p.norm(hidden)) >= 111  # the largest row sum, not the first

@@ -1,7 +1,9 @@
 """The infinitely wide layer: closed forms, an integral done by hand, and bounds that must hold."""
 
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -14,10 +16,15 @@ from companion.minimum_norm import first_layer, kernel_limit
 
 def test_the_numbers_of_the_example():
     X, y = sphere_example()
-    H = kernels.relu_ntk(X)
+    H, cosine = kernels.relu_ntk(X), (X @ X.T).clamp(-1, 1).fill_diagonal_(1)
+    torch.testing.assert_close(H, cosine * (math.pi - torch.arccos(cosine)) / (2 * math.pi), atol=1e-9, rtol=0)
+    # page 4 of the course's specification
     assert float(torch.linalg.eigvalsh(H)[0]) == pytest.approx(0.14483229978593, abs=1e-12)
-    assert float(torch.linalg.matrix_norm(X, 2)) ** 2 == pytest.approx(3.647, abs=5e-4)
-    assert float(y @ torch.linalg.solve(H, y)) == pytest.approx(62.93, abs=5e-3)
+    norm2 = float(torch.linalg.eigvalsh(X.T @ X)[-1])
+    assert 1 / minimum_norm.safe_step(X) == pytest.approx(norm2, rel=1e-12)
+    assert norm2 == pytest.approx(3.647, abs=5e-4)
+    exact = np.linalg.inv(H.numpy())
+    assert float(y.numpy() @ exact @ y.numpy()) == pytest.approx(62.93, abs=5e-3)
 
 
 def test_the_pair_at_sixty_degrees():
@@ -99,8 +106,18 @@ def test_spectrum_bounds_of_the_lifted_example_and_of_orthogonal_rows():
     X, _ = sphere_example()
     X = torch.cat([math.sqrt(10) * X, torch.ones(20, 1, dtype=torch.float64)], 1)
     low, high = kernel_limit.spectrum_bounds(X)
-    assert low == pytest.approx(0.7345, abs=1e-3)
-    assert high == pytest.approx(2.4253, abs=1e-3)
+    cosine = (X @ X.T / 11).clamp(-1, 1)
+    off = [[float(cosine[i, j]) for j in range(20) if j != i] for i in range(20)]
+    gaps = [max(0.0, 1 - max(sum(abs(c) ** (2 * p) for c in row) for row in off)) for p in range(1, 300)]
+    odd = lambda n: math.prod(range(n, 0, -2)) if n > 0 else 1  # n!!  # noqa: E731
+    c = [Fraction(odd(2 * p - 3), odd(2 * p - 2) * (2 * p - 1)) for p in range(1, 300)]
+    series = sum(float(share) / (2 * math.pi) * gap for share, gap in zip(c, gaps, strict=True))
+    rest = 0.25 - sum(float(share) for share in c) / (2 * math.pi)  # all c_p add up to 1/4
+    assert 0 < rest < 0.01
+    assert low == pytest.approx(11 * (series + rest * gaps[-1]), rel=1e-4)
+    assert high == pytest.approx(
+        min(5.5 * (1 - v * (1 - math.acos(v) / math.pi)) for row in off for v in row), rel=1e-9
+    )
     low, high = kernel_limit.spectrum_bounds(torch.eye(4, dtype=torch.float64))
     assert low == pytest.approx(0.25)  # the odd part of the kernel, another quarter, is not counted
     assert high == pytest.approx(0.5)
@@ -125,17 +142,28 @@ def test_generalization_bound_by_hand():
 
 def test_bad_input_is_named(unchecked):
     X, y = sphere_example()
-    with pytest.raises(ValueError, match="rows of equal norm are needed"):
-        kernel_limit.spectrum_bounds(X * torch.arange(1, 21)[:, None])
-    with pytest.raises(ValueError, match="unit norm is needed"):
-        kernel_limit.generalization_bound(2 * X, y)
-    with pytest.raises(ValueError, match="delta is 1"):
-        kernel_limit.generalization_bound(X, y, delta=1.0)
-    with pytest.raises(ValueError, match="step is 9"):
-        kernel_limit.perp_constant(X, y, 9.0)
-    with pytest.raises(ValueError, match="steps is 0; at least 1"):
-        kernel_limit.perp_constant(X, y, 0.1, steps=0)
-    with pytest.raises(ValueError, match="0 < step < 2"):
-        kernel_limit.perp_constant_n1(1.0, 1.0, step=2.0)
-    with pytest.raises(ValueError, match=r"parallel rows \(0, 1\)"):
-        kernel_limit.kernel_regression(X[:2] * 0 + 1, y[:2], X)
+    for call, text in (
+        (lambda: kernel_limit.spectrum_bounds(X * torch.arange(1, 21)[:, None]), "rows of equal norm are needed"),
+        (lambda: kernel_limit.spectrum_bounds(X[:1]), "X has 1 row; at least 2"),
+        (lambda: kernel_limit.generalization_bound(2 * X, y), "unit norm is needed"),
+        (lambda: kernel_limit.generalization_bound(X, y, delta=1.0), "delta is 1"),
+        (lambda: kernel_limit.generalization_bound(X, y * 1e155), "y has entries up to"),
+        (lambda: kernel_limit.perp_constant(X, y, 9.0), "step is 9"),
+        (lambda: kernel_limit.perp_constant(X, y, 1e-17), "not next to nothing"),
+        (lambda: kernel_limit.perp_constant(X, y, 1e-9), r"steps is .*; 1 to 10000000 are needed"),
+        (lambda: kernel_limit.perp_constant(X, y, 0.1, steps=0), "steps is 0; 1 to"),
+        (lambda: kernel_limit.perp_constant(X, y, 0.1, kappa=0.0), "kappa, step, draws are 0"),
+        (lambda: kernel_limit.perp_constant(X, y, 0.1, draws=1), "draws are"),
+        (lambda: kernel_limit.perp_constant(X, y[:, None], 0.1), r"y has shape \(20, 1\)"),
+        (lambda: kernel_limit.perp_constant(X, y.float(), 0.1), "y has dtype torch.float32"),
+        (lambda: kernel_limit.perp_constant(X * 1e200, y, 0.1), "X has entries up to"),
+        (lambda: kernel_limit.perp_constant_n1(1.0, 1.0, step=2.0), "0 < step < 2"),
+        (lambda: kernel_limit.perp_constant_n1(1.0, 1.0, kappa=-1.0), "rho, kappa, e0 are"),
+        (lambda: kernel_limit.kernel_regression(X[:2] * 0 + 1, y[:2], X), r"parallel rows \(0, 1\)"),
+        (lambda: kernel_limit.kernel_regression(X, y / 0 * 0, X), r"y\[0\] is nan"),
+        (lambda: kernel_limit.kernel_regression(X, y[:, None], X), r"y has shape \(20, 1\)"),
+        (lambda: kernel_limit.kernel_regression(X, y, X * 1e200), "Z has entries up to"),
+        (lambda: kernel_limit.kernel_regression(X, y[:19], X), r"y has shape \(19,\); .* N = 20, as in X"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=text):
+            call()

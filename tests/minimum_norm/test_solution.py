@@ -185,19 +185,28 @@ def test_float32_trains_without_the_decomposition_and_a_killed_run_resumes(tmp_p
     class Stop(Exception):
         pass
 
-    def stop(state):
-        if state.step == 25:
-            raise Stop
-        return torch.zeros(())
+    class Kill:
+        done = False
 
-    options = {"every": 5, "checkpoint": tmp_path / "run.safetensors", "checkpoint_every": 10}
+        def __call__(self, state):
+            if state.step == 25 and not self.done:
+                self.done = True
+                raise Stop
+            return torch.zeros(())
+
+    options = {
+        "every": 5,
+        "checkpoint": tmp_path / "run.safetensors",
+        "checkpoint_every": 10,
+        "observe": {"kill": Kill()},
+    }
     with pytest.raises(Stop):
-        mn.train(X, y, W0, signs, 0.2, 30, observe={"stop": stop}, **options)
-    resumed = mn.train(X, y, W0, signs, 0.2, 30, observe={"stop": lambda state: torch.zeros(())}, **options)
+        mn.train(X, y, W0, signs, 0.2, 30, **options)
+    resumed = mn.train(X, y, W0, signs, 0.2, 30, **options)
     assert torch.equal(resumed.weights[0], whole.weights[0])
     assert torch.equal(resumed.observed["V_perp"], whole.observed["V_perp"])
     with pytest.raises(ValueError, match="another step"):
-        mn.train(X, y, W0, signs, 0.3, 30, observe={"stop": lambda state: torch.zeros(())}, **options)
+        mn.train(X, y, W0, signs, 0.3, 30, **options)
 
 
 def test_a_large_step_warns_and_still_reaches_zero_loss_far_from_the_solution():
@@ -325,4 +334,13 @@ def test_the_data_of_figure_1():
     assert torch.equal(lifted[:, :5], X)
     assert torch.equal(lifted[:, 5], torch.ones(100, dtype=torch.float64))
     assert torch.equal(same, y)
+    large, same = mn.figure_1_data(radius=math.sqrt(5))
+    torch.testing.assert_close(large, math.sqrt(5) * X)
+    assert torch.equal(same, y)
     assert not torch.equal(mn.figure_1_data(12)[1], y)
+
+
+def test_terms_of_weights_of_another_shape_are_refused(unchecked):
+    X, y, W0, signs = wide_layer(1)
+    with pytest.raises(ValueError, match="they must be equal"):
+        mn.lyapunov_terms(mn.solve(X, y, W0, signs), W0[:, :, :4], 0.1)

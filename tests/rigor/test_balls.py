@@ -226,6 +226,84 @@ def test_balls_are_not_far_larger_than_needed():
     assert radius.max() < 33 * 2.0**-53 * (h.abs() @ W.abs().T).max()
 
 
+U = 2.0**-53
+
+
+def pool_of(A):
+    return torch.nn.functional.avg_pool2d(A, (2, 3))
+
+
+def formulas_of_radii(g):
+    """Each layer's radius beside its formula, all terms of one size."""
+
+    def draw(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=g)
+
+    def ball(*shape):
+        return draw(*shape), draw(*shape).abs() * 1e-15
+
+    def gamma(k):
+        return k * U / (1 - k * U)
+
+    (h, D), W, b = ball(4, 5), draw(3, 5), 9 * draw(3)
+    yield balls.dense_ball(h, D, W, b), D @ W.abs().T + gamma(7) * (h.abs() @ W.abs().T + b.abs())
+    yield balls.dense_ball(h, D, W), D @ W.abs().T + gamma(7) * (h.abs() @ W.abs().T)
+    (h, D), W, b = ball(2, 4, 5, 6), draw(6, 2, 3, 2), 9 * draw(6)
+    conv = {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2), "groups": 2}
+    spread = D + gamma(14) * h.abs()
+    yield (
+        balls.conv2d_ball(h, D, W, b, **conv),
+        torch.nn.functional.conv2d(spread, W.abs(), gamma(14) * b.abs(), **conv),
+    )
+    mean, var, gain, shift = (a[:, None] for a in (9 * draw(3), draw(3).abs(), draw(3), 9 * draw(3)))
+    h, D = ball(4, 3, 2)
+    rho = gain.abs() / (var + 0.1).sqrt()
+    stored = (a[:, 0] for a in (mean, var, gain, shift))
+    yield (
+        balls.batchnorm_ball(h, D, *stored, 0.1),
+        rho * D + 10 * U * (rho * (h.abs() + mean.abs()) + shift.abs()),
+    )
+    (h, D), (k, E) = ball(4, 5), ball(4, 5)
+    yield balls.add_ball(h, D, k, E), D + E + U * (h + k).abs()
+    yield balls.tanh_ball(h, D), D + 6.5 * U * h.tanh().abs()
+    yield balls.sigmoid_ball(h, D), D / 4 + 5.25 * U * h.sigmoid()
+    soft = torch.nn.functional.softplus(h, 3.0, 1e9)
+    yield balls.softplus_ball(h, D, 3.0), D + U * (2 * h.abs() + 7.5 * soft)
+    h, D = ball(2, 3, 4, 6)
+    yield balls.avgpool_ball(h, D, pool_of, 6), pool_of(D) + gamma(8) * pool_of(h.abs())
+    yield balls.relu_ball(h, D), D
+    yield balls.maxpool_ball(h, D, torch.nn.MaxPool2d(2)), torch.nn.functional.max_pool2d(D, 2)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_radii_are_the_formulas(seed):
+    for (_, radius), formula in formulas_of_radii(torch.Generator().manual_seed(seed)):
+        assert radius.shape == formula.shape
+        assert ((radius - formula).abs() <= 1e-8 * formula).all()
+
+
+def test_radii_next_to_zero_are_what_may_be_lost():
+    zero, W = torch.zeros(1, 2, dtype=torch.float64), matrix([3.0, -4.0])
+    image, one = torch.zeros(1, 1, 2, 2, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    kernel = torch.tensor([[[[1.0, -2.0], [3.0, 4.0]]]], dtype=torch.float64)
+    found = [
+        (balls.dense_ball(zero, zero, W), 7 + 4),
+        (balls.conv2d_ball(image, image, kernel), 10 + 6),
+        (balls.batchnorm_ball(image, image, 0 * one, one, 5 * one, eps=3.0), 2.5 + 1.5),
+        (balls.add_ball(zero, zero, zero, zero), 1),
+        (balls.avgpool_ball(image, image, torch.nn.AvgPool2d(2), 4), 1 + 6),
+        (balls.tanh_ball(zero, zero), 4),
+        (balls.relu_ball(zero, zero), 0),
+        (balls.relu_ball(zero, zero + 5e-324), 1),
+        (balls.relu_ball(zero - 5e-324, zero), 1),
+    ]
+    for (value, radius), lost in found:
+        assert not value.any()
+        assert radius / 2.0**-1020 == pytest.approx(torch.full_like(radius, lost), rel=1e-8)
+    value, radius = balls.dense_ball(zero + 3.0, zero, matrix([5e-324, 0.0]))  # a subnormal weight counts as 0
+    assert 3 * 2 * 2 * 2.0**-1020 < radius.item() < 3 * 6 * 2.0**-1020
+
+
 def test_convolution_is_the_library_s():
     h, W = gaussian(3 * 4 * 7, 5, 1).reshape(3, 4, 7, 5), gaussian(6, 2 * 3 * 2, 2).reshape(6, 2, 3, 2)
     b, zero = gaussian(1, 6, 3)[0], torch.zeros_like(h)

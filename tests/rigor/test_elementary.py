@@ -1,11 +1,11 @@
 """The elementary functions against ball arithmetic of 200 bits, and the numbers of their proofs in exact rationals."""
 
-import contextlib
 import math
 from fractions import Fraction
 
 import pytest
 import torch
+from oracles import flushing
 
 from companion.rigor import elementary
 from companion.rigor.elementary import ERROR, ends
@@ -41,17 +41,6 @@ def bits():
     before, flint.ctx.prec = flint.ctx.prec, 200
     yield
     flint.ctx.prec = before
-
-
-@contextlib.contextmanager
-def flushing():
-    """Numbers below 2^-1022 are zero, on input and on output, in this thread."""
-    if not torch.set_flush_denormal(True):
-        pytest.skip("this processor cannot flush")
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(False)
 
 
 def true(function, x):

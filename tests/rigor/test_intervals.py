@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import flushing
 
+from companion.rigor import rounding
 from companion.rigor.intervals import Interval, cat, point
 
 F64 = torch.float64
@@ -213,6 +214,94 @@ def test_logarithms_and_exponentials_less_one_contain_every_result(x, wide):
         for end in (abs(x), abs(x) + wide):
             if end > 0:
                 assert mpmath.mpf(found.lo.item()) <= true(mpmath.mpf(end)) <= mpmath.mpf(found.hi.item())
+
+
+# --- How far outward --------------------------------------------------------------------------------------------------
+
+
+def ends_of(x):
+    return x.lo.item(), x.hi.item()
+
+
+@pytest.mark.parametrize(("a", "b", "c", "d"), [(1.0, 3.0, -2.0, 5.0), (-3.0, -1.0, 0.5, 7.0), (-1.0, 4.0, -6.0, -5.0)])
+def test_one_operation_moves_each_end_by_one_step(a, b, c, d):
+    x, y = interval(a, b), interval(c, d)
+    down, up = rounding.round_down, rounding.round_up
+    assert ends_of(x + y) == (down(a + c), up(b + d))
+    assert ends_of(x - y) == (down(a - d), up(b - c))
+    assert ends_of(5 - y) == (down(5 - d), up(5 - c))
+    products = a * c, a * d, b * c, b * d
+    assert ends_of(x * y) == (down(min(products)), up(max(products)))
+    assert ends_of(-x) == (-b, -a)
+    assert ends_of(abs(x)) == (max(a, -b, 0.0), max(b, -a))
+    assert ends_of(x.maximum(y)) == (max(a, c), max(b, d))
+    assert ends_of(x.clamp(-0.5, 2.0)) == (min(max(a, -0.5), 2.0), min(max(b, -0.5), 2.0))
+    assert x.magnitude().item() == max(abs(a), abs(b))
+    assert ends_of(Interval.around(number(a), number(b - a))) == (down(2 * a - b), up(b))
+    if a > 0 or b < 0:
+        assert ends_of(x.reciprocal()) == (down(1 / b), up(1 / a))
+        assert ends_of(y / x) == ends_of(y * x.reciprocal())
+        assert ends_of(1 / x) == (down(down(1 / b)), up(up(1 / a)))
+        assert ends_of(x**-1) == (down(1 / b), up(1 / a))
+    assert ends_of(x**0) == (1.0, 1.0)
+    assert ends_of(x**1) == (a, b)
+    least, most = ends_of(abs(x))
+    assert ends_of(x**2) == (max(0.0, down(least * least)), up(most * most))
+    if b > 0:
+        root = interval(max(a, 0.0), b).sqrt()
+        assert ends_of(x.sqrt()) == ends_of(root) == (max(0.0, down(math.sqrt(max(a, 0.0)))), up(math.sqrt(b)))
+        assert ends_of(x**3)[1] == up(up(b * b) * b)
+    else:
+        assert math.isnan(x.sqrt().lo.item())
+        assert math.isnan(x.log().lo.item())
+        assert ends_of(x**3)[1] == -down(down(b * b) * -b)
+
+
+def number(x):
+    return torch.tensor(x, dtype=F64)
+
+
+@pytest.mark.parametrize("n", [1, 3, 20])
+def test_a_sum_moves_its_ends_by_gamma(n):
+    g = torch.Generator().manual_seed(n)
+    x, wide = torch.randn(n, generator=g, dtype=F64), torch.rand(n, generator=g, dtype=F64)
+    found = Interval(x, x + wide).sum(0)
+    for end, side, got in ((x, -1, found.lo), (x + wide, 1, found.hi)):
+        error = (n + 4) * 2.0**-53 * end.abs().sum().item()
+        exact = sum(map(Fraction, end.tolist()))
+        assert side * (Fraction(got.item()) - exact) == pytest.approx(error, rel=0.1 + 2 / (n + 4), abs=0)
+    zero = point(torch.zeros(2, n, dtype=F64)).sum(1)
+    assert (zero.hi / rounding.TINY).tolist() == (-zero.lo / rounding.TINY).tolist() == pytest.approx([n + 3.0] * 2)
+
+
+def test_points_are_as_narrow_as_floats_allow():
+    for value in (Fraction(1, 3), Fraction(-2, 7), Fraction(10**30 + 1), Fraction(1, 10**200)):
+        low, high = ends_of(point(value))
+        assert math.nextafter(low, math.inf) == high
+        assert Fraction(low) < value < Fraction(high)
+    for value in (0.1, 3, -7, Fraction(5, 8), 0, 2.0**-1022, 1e308):
+        assert ends_of(point(value)) == (float(value), float(value))
+    assert ends_of(point(10**400)) == (sys.float_info.max, math.inf)
+    assert ends_of(point(-(10**400))) == (-math.inf, -sys.float_info.max)
+    assert ends_of(point(5e-324)) == (0.0, 2.0**-1022)
+    assert ends_of(point(-5e-324)) == (-(2.0**-1022), 0.0)
+    assert ends_of(interval(1.0, 1.0) * 2.0**-20) == (rounding.round_down(2.0**-20), rounding.round_up(2.0**-20))
+    with pytest.raises(TypeError, match="no short binary fraction"):
+        interval(1.0, 1.0) * 2.0**-21
+
+
+def test_a_midpoint_and_a_radius():
+    for low, high in ((1.0, 2.0), (-4.0, 10.0), (sys.float_info.max / 2, sys.float_info.max)):
+        mid, radius = interval(low, high).split()
+        assert mid.item() == low / 2 + high / 2
+        assert radius.item() == rounding.round_up(max(mid.item() - low, high - mid.item()))
+
+
+def test_infinite_ends_of_products():
+    everything = interval(-math.inf, math.inf)
+    assert ends_of(everything * 0) == (rounding.round_down(0.0), rounding.round_up(0.0))
+    assert ends_of(interval(0.0, math.inf) * interval(0.0, 2.0)) == (rounding.round_down(0.0), math.inf)
+    assert ends_of(interval(-math.inf, 1.0) ** 2) == (0.0, math.inf)
 
 
 # --- Where small numbers are flushed ----------------------------------------------------------------------------------

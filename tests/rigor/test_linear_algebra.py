@@ -366,6 +366,24 @@ def test_frobenius_covers_squares_that_are_lost():
     assert rigor.frobenius_norm_upper(A) < 1 + 1e-11
 
 
+def test_many_small_squares_that_are_all_flushed():
+    A = torch.full((1, 2**23), 2.0**-511 * (1 - 2.0**-53), dtype=torch.float64)
+    with flushing():
+        assert not (A @ A.T).any()
+        found = linear_algebra._frobenius(A)
+    assert Fraction(found) ** 2 >= 2**23 * Fraction(A[0, 0].item()) ** 2
+
+
+def test_the_inverse_of_a_row_that_is_flushed_shows_nothing():
+    """``I - A R`` loses ``2e-308 * 1e299`` where subnormal operands count as 0: rows are brought to size one first."""
+    A = matrix([1.0, 0.0, 0.0], [0.0, 1e-299, 2e-308])
+    with flushing():
+        assert linear_algebra._inverse_bound(A) == 0
+        bound = rigor.sigma_min_lower(A)
+    assert bound > 0.5e-299
+    assert rigor.exact_sigma_min_exceeds(A, bound)
+
+
 def test_overflow_is_infinity():
     A = torch.full((2, 2), sys.float_info.max, dtype=torch.float64)
     assert rigor.frobenius_norm_upper(A) == math.inf

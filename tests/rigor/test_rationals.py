@@ -105,6 +105,24 @@ def rows_reduced(rows):
     return rank
 
 
+def test_a_few_rows_are_enough_where_they_have_full_rank(monkeypatch):
+    A, sizes = gaussian(50, 3, 1), []
+    honest = rationals._eliminate
+
+    def counted(M, above=False):
+        sizes.append(len(M))
+        return honest(M, above)
+
+    monkeypatch.setattr(rationals, "_eliminate", counted)
+    assert rigor.exact_rank(A) == 3
+    assert rigor.exact_rank(A[:9]) == 3
+    A[:9] = A[0]
+    assert rigor.exact_rank(A) == 3  # not among the first nine rows
+    A[:, 1] = 0
+    assert rigor.exact_rank(A[9:]) == 2
+    assert sizes == [9, 9, 9, 50, 9]
+
+
 def test_null_space_of_fractions():
     (z,) = rigor.null_space([[Fraction(1, 3), Fraction(2, 3), 0], [0, 0, Fraction(1, 7)]])
     assert z == [-2, 1, 0]

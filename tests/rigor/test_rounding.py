@@ -4,6 +4,7 @@ import math
 import sys
 from fractions import Fraction
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -64,6 +65,25 @@ def test_gamma_is_rounded_up(k):
     assert exact <= Fraction(rigor.gamma(k)) <= exact * (1 + 8 * u)
 
 
+@given(st.lists(st.floats(0, 1e300), max_size=9))
+def test_sums_are_rounded_up(terms):
+    exact = sum(map(Fraction, terms), Fraction(0))
+    found = Fraction(rounding.sum_up(*terms))
+    assert exact <= found <= exact * (1 + Fraction(4 * len(terms), 2**53)) + len(terms) * Fraction(2) ** -1018
+
+
+def test_the_constants_of_the_model():
+    assert math.ulp(1.0) / 2 == rounding.UNIT
+    assert rounding.TINY == 4 * SMALLEST == 4 * sys.float_info.min
+    assert rounding.scaled_down(1.0, -1022) == rounding.scaled_up(1.0, -1022) == SMALLEST
+    assert (rounding.scaled_down(1.9, -1023), rounding.scaled_up(0.5, -1023)) == (0.0, SMALLEST)
+    assert (rounding.scaled_down(0.0, 9), rounding.scaled_up(0.0, 9)) == (0.0, 0.0)
+    assert rounding.scaled_down(1.0, 1024) == sys.float_info.max
+    assert rounding.scaled_up(1.0, 1024) == math.inf
+    k = torch.arange(-1022, 1024)
+    assert rounding.power_of_two(k).tolist() == [2.0**j for j in k.tolist()]
+
+
 # --- Tensors ----------------------------------------------------------------------------------------------------------
 
 
@@ -97,3 +117,60 @@ def test_widened_ends_hold_and_are_normal():
         low, high = rounding.widened(x)
     assert low.tolist() == [0.0, -SMALLEST, 0.0, SMALLEST, -1.0]
     assert high.tolist() == [SMALLEST, 0.0, 0.0, SMALLEST, -1.0]
+
+
+def test_zeros_and_normal_numbers_are_not_subnormal():
+    x = torch.tensor([0.0, -0.0, SMALLEST, -SMALLEST, 1.0, math.inf], dtype=torch.float64)
+    assert not rounding.has_subnormal(x)
+    low, high = rounding.widened(x)
+    assert low is high is x
+    for tiny in (5e-324, -5e-324, SMALLEST - 5e-324, 5e-324 - SMALLEST):
+        assert rounding.has_subnormal(torch.cat([x, number([tiny])]))
+    low, high = rounding.widened(torch.cat([x, number([5e-324])]))
+    assert torch.equal(low[:-1], x)
+    assert torch.equal(high[:-1], x)
+
+
+def test_subnormal_numbers_are_scaled_beside_others():
+    x = torch.tensor([5e-324, -1e-310, 3.0, 0.0], dtype=torch.float64)
+    for k in (-2044, -1, 0, 1, 500, 2046):
+        exact = [Fraction(t) * Fraction(2) ** k for t in x.tolist()]
+        for found, true in zip(rounding.scaled(x, k).tolist(), exact, strict=True):
+            if math.isinf(found):
+                assert abs(true) > Fraction(sys.float_info.max)
+            elif abs(true) >= SMALLEST:
+                assert Fraction(found) == true
+            else:
+                assert abs(Fraction(found) - true) < SMALLEST
+
+
+# --- Input ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("A", "error", "message"),
+    [
+        ([[1.0]], TypeError, "B is a list; a torch.Tensor is needed"),
+        *(
+            (torch.ones(2, 2, dtype=dtype), TypeError, rf"B is {dtype}; .* \(cast with B.double\(\)")
+            for dtype in (torch.float16, torch.float32, torch.int64, torch.complex128)
+        ),
+        (torch.ones(3, dtype=torch.float64), ValueError, r"B has shape \(3,\); a matrix \(n, m\)"),
+        (torch.ones(1, 2, 3, dtype=torch.float64), ValueError, r"B has shape \(1, 2, 3\)"),
+        (torch.ones(0, 2, dtype=torch.float64), ValueError, r"B has shape \(0, 2\)"),
+        (torch.ones(2, 0, dtype=torch.float64), ValueError, r"B has shape \(2, 0\)"),
+        *(
+            (torch.tensor([[1.0, bad]], dtype=torch.float64), ValueError, "B holds NaN or infinity")
+            for bad in (math.nan, math.inf, -math.inf)
+        ),
+    ],
+)
+def test_what_is_no_matrix_is_refused(unchecked, A, error, message):
+    with pytest.raises(error, match=message):
+        rounding.checked(A, "B")
+
+
+def test_a_matrix_comes_back_outside_autograd():
+    A = torch.ones(1, 1, dtype=torch.float64, requires_grad=True)
+    assert not rounding.checked(A).requires_grad
+    assert torch.equal(rounding.checked(A), A.detach())

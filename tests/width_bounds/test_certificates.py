@@ -84,6 +84,9 @@ def test_certified_inequalities_hold_in_rationals(deep_net):
     assert rho > 0
     assert all(c >= t * R_0 / rho for c, t in zip(C, (g1, g2, alpha), strict=True))
     assert Fraction(cert.quantities["rho"]) <= rho
+    assert Fraction(cert.quantities["alpha"]) < alpha
+    for name, exact in (("d", d2), ("B", g1**2 + g2**2), ("phi", phi[2] + d2)):
+        assert Fraction(cert.quantities[name]) > exact
     assert Fraction(cert.quantities["max_step"]) <= Fraction(1, 2) / (phi[2] + d2) ** 2
 
 
@@ -279,7 +282,12 @@ def test_dependent_features_are_named(level):
     dead = (networks.features(weights, X)[1][0] == 0).all(1).nonzero()[:, 0].tolist()
     assert len(dead) == 2
     reason = wb.certify(X, Y, weights, level=level).reason
-    assert f"no neuron of layer 1 is active on sample {dead[0]}, {dead[1]}" in reason
+    assert reason.endswith(f"no neuron of layer 1 is active on sample {dead[0]}, {dead[1]}, whatever the widths above")
+    X, Y, (W_1, W_2) = relu_problem(4, 4, (4, 40, 1), 1)
+    off = -W_1.abs() * X[2].sign()[:, None]
+    reason = wb.certify(X, Y, [off, W_2], level=level).reason
+    assert "no neuron of layer 1 is active on sample" in reason
+    assert "above" not in reason
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -429,17 +437,43 @@ def test_options_out_of_range_are_refused():
 # --- Theorem P --------------------------------------------------------------------------------------------------------
 
 
-def test_the_certify_paper_against_the_formulas():
+@pytest.mark.parametrize("level", ["measured", "certified"])
+def test_the_certificate_of_theorem_p_is_the_theorem_as_stated(level):
+    X, Y, weights = relu_problem(6, 6, (6, 30, 1), 4, beta=150.0)
+    weights[1] = 1e-3 * gaussian(1, 30, 1)
+    radii = [0.5, 8.0]
+    cert = wb.certify_paper(X, Y, weights, radii, level=level)
+    one = [W[0] for W in weights]
+    s = certificates.certified_spectra(X, Y, one) if level == "certified" else wb.spectra(X, Y, one).member(0)
+    ratios, step = oracles.theorem_p(s.w.tolist(), float(s.X_F), float(s.alpha_0), float(s.R_0), radii)
+    assert [row.measured for row in cert.assumptions if row.name.startswith("(")] == pytest.approx(ratios, rel=1e-9)
+    assert min(ratios) >= 1
+    assert cert.holds
+    assert cert.status == level
+    assert cert.quantities["max_step"] == pytest.approx(step, rel=1e-9)
+    assert cert.quantities["rate"] == pytest.approx(step * float(s.alpha_0) ** 2 / 8, rel=1e-9)
+    necessary = 1 / (16 * 6 * float(s.w[1]) ** 2 / float(s.w[0]) ** 2)
+    assert cert.quantities.get("necessary") == (pytest.approx(necessary) if level == "measured" else None)
+
+
+def test_a_certified_theorem_p_is_beyond_the_measured_one():
+    problem = relu_problem(6, 6, (6, 10, 30, 1), 4, beta=1e6)
+    measured, proved = (wb.certify_paper(*problem, level=level) for level in ("measured", "certified"))
+    assert measured.holds
+    assert proved.holds
+    assert (measured.status, proved.status) == ("measured", "certified")
+    assert proved.quantities["alpha_0"] < measured.quantities["alpha_0"]
+    assert proved.quantities["R_0"] > measured.quantities["R_0"]
+    for found, shown in zip(proved.assumptions[3:6], measured.assumptions[3:6], strict=True):
+        assert 0.99 * shown.measured < found.measured <= shown.measured
+
+
+def test_a_condition_of_theorem_p_that_fails_is_named():
     X, Y, weights = relu_problem(6, 6, (6, 30, 1), 4, beta=50.0)
-    radii = [0.5, 2.0]
-    s = wb.spectra(X, Y, weights).member(0)
-    bar = [float(s.w[0]) + 0.5, float(s.w[1]) + 2.0]
-    x, a, R = float(s.X_F), float(s.alpha_0), float(s.R_0)
-    P, S = [bar[1], bar[0]], bar[1] ** 2 / bar[1] ** 2
-    right = [16 * x * R * max(P[0] / 0.5, P[1] / 2.0), 32 * x**2 * bar[1] * S * R, 16 * x**2 * bar[1] ** 2 * S]
-    expected = [a**2 / right[0], a**3 / right[1], a**2 / right[2]]
-    found = [row.measured for row in wb.certify_paper(X, Y, weights, radii).assumptions if row.name.startswith("(")]
-    assert found == pytest.approx(expected, rel=1e-12)
+    assert wb.certify_paper(X, Y, weights, [1e-9, 2.0]).reason == "condition (i) fails"
+    assert wb.certify_paper(X, Y, weights, [1.0, 1e9]).reason == "condition (i), (ii), (iii) fails"
+    assert wb.certify_paper(X, 1e9 * Y, weights).reason.startswith("no_radii")
+    assert "max_step" not in wb.certify_paper(X, Y, weights, [1e-9, 2.0]).quantities
 
 
 def test_optimal_radii_are_no_worse_than_any_others():
@@ -454,8 +488,12 @@ def test_optimal_radii_are_no_worse_than_any_others():
 def test_both_theorems_hold_at_beta_70_with_the_known_rates():
     X, Y, weights = relu_problem(20, 20, (20, 200, 1), 1, beta=70.0)
     paper, ours = wb.certify_paper(X, Y, weights), wb.certify(X, Y, weights)
-    assert paper.quantities["rate"] == pytest.approx(7e-9, rel=1.0)
-    assert 3e-3 < ours.quantities["rho"] * ours.quantities["max_step"] < 1.2e-2
+    rate = ours.quantities["rho"] * ours.quantities["max_step"]
+    assert rate == pytest.approx(2 * 0.25 * 0.75 * (ours.quantities["alpha_0"] / ours.quantities["phi"]) ** 2, rel=0.01)
+    # by dominance P's step is at most 1/(8 (phi_bar/alpha_0)^2) of C's, and its rate is that of the loss
+    s = wb.spectra(X, Y, weights)
+    phi_bar = float(s.X_F) * (float(s.w[0, 0]) + paper.quantities["radii"][0])
+    assert 0 < paper.quantities["rate"] <= (float(s.alpha_0) / phi_bar) ** 4 / 128
 
 
 def test_the_necessary_condition_refuses_lecun_and_is_implied_by_p():
@@ -466,7 +504,7 @@ def test_the_necessary_condition_refuses_lecun_and_is_implied_by_p():
     assert float(wb.necessary_condition(s, 50)) < 1
     assert not wb.certify_paper(X, Y, weights).holds
     X, Y, weights = relu_problem(20, 20, (20, 200, 1), 1, beta=70.0)
-    weights[1] = 1e-3 * torch.ones_like(weights[1])
-    s = wb.spectra(X, Y, weights)
-    if bool(fixed_points.paper_fixed_point(s).feasible):
-        assert float(wb.necessary_condition(s, 20)) >= 1
+    weights[1] = 1e-5 * torch.ones_like(weights[1])
+    cert = wb.certify_paper(X, Y, weights)
+    assert cert.holds
+    assert cert.quantities["necessary"] >= 1

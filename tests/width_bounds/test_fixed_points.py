@@ -140,6 +140,15 @@ def test_ball_map_is_the_theorem_as_stated(seed, L, epsilon):
     assert bool(ball.feasible) is (stated["alpha"] > 0 and stated["rho"] > 0 and bool((ball.T <= C).all()))
 
 
+@pytest.mark.parametrize("C", [[2.0, 0.0], [0.0, 2.0], [0.1, 0.1]])
+def test_radii_are_refused_when_any_line_fails(C):
+    """``alpha < 0 < rho``, ``rho < 0 < alpha``, and only ``T_2 > C_2``."""
+    s = no_network(1.0, R_0=0.2)
+    ball = wb.ball_map(s, float64(*C), 0.25)
+    assert [bool(ball.alpha > 0), bool(ball.rho > 0), bool((ball.T <= ball.C).all())].count(False) == 1
+    assert not bool(ball.feasible)
+
+
 @given(seed=st.integers(0, 10**6), L=st.integers(2, 4))
 def test_the_formula_is_exact_on_fractions(seed, L):
     s, C = random_spectra(seed, L)
@@ -261,6 +270,14 @@ def test_paper_map_is_the_theorem_as_stated(seed, L):
     assert at.ratios.tolist() == pytest.approx(ratios, rel=1e-12)
     assert float(at.step) == pytest.approx(step, rel=1e-12)
     assert bool(at.feasible) is (min(ratios) >= 1)
+
+
+@pytest.mark.parametrize("size", [1e-170, 1e120, 1e160])
+def test_the_ratios_of_theorem_p_leave_no_float(size):
+    """(i)-(iii) do not change when X and alpha_0 are multiplied by one number, and R_0 too."""
+    s, C = random_spectra(5, 3)
+    found = fixed_points.paper_map(replace(s, X_F=size * s.X_F, alpha_0=size * s.alpha_0, R_0=size * s.R_0), C)
+    assert found.ratios.tolist() == pytest.approx(fixed_points.paper_map(s, C).ratios.tolist(), rel=1e-12)
 
 
 @pytest.mark.parametrize("L", [2, 3, 4])
