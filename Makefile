@@ -71,7 +71,7 @@ lessons: $(STAMP)
 	$(BIN)/python book/_tools/notebooks.py run $(if $(filter 0,$(REHEARSE)),--no-rehearsal) $(ONLY)
 
 rehearse: $(STAMP)
-	$(BIN)/python book/_tools/rehearsal.py $(ONLY)
+	$(BIN)/python book/_tools/notebooks.py rehearse $(ONLY)
 
 text: $(STAMP)
 	$(BIN)/python book/_tools/notebooks.py text $(ONLY)

@@ -1,8 +1,9 @@
 """From the lessons' texts to their notebooks.
 
-    python book/_tools/notebooks.py run [NAME]     run a lesson (or all), rehearse it, and write its notebook
-    python book/_tools/notebooks.py text [NAME]    write the notebook anew with the outputs that it has
-    python book/_tools/notebooks.py check [NAME]   say whether text and notebook belong together
+    python book/_tools/notebooks.py run [NAME]       run a lesson (or all), rehearse it, and write its notebook
+    python book/_tools/notebooks.py rehearse [NAME]  only rehearse: does it print the same when rounding is moved?
+    python book/_tools/notebooks.py text [NAME]      write the notebook anew with the outputs that it has
+    python book/_tools/notebooks.py check [NAME]     say whether text and notebook belong together
 
 `lessons/NAME.md` is the source.  The notebook holds the same code cells, one install cell before them, the outputs of
 one run, and the text as plain Markdown with the site's own numbers.  `check` ignores the outputs' contents (nbval
@@ -25,6 +26,7 @@ import nbformat
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "_ext"))
 
+import rehearsal
 from course import address, lessons
 from execution import Broken, run_cells
 
@@ -207,8 +209,6 @@ def build(names: list[str], fresh: dict[str, list]) -> dict[str, nbformat.Notebo
 
 def run(names: list[str], rehearse: bool = True) -> None:
     """Run lessons and write their notebooks, but for those of which the rehearsal finds that rounding moves a digit."""
-    import rehearsal
-
     fresh, refused = {}, []
     for name in names:
         print(f"running {name}", flush=True)
@@ -271,7 +271,7 @@ def check(names: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run", "text", "check"))
+    parser.add_argument("command", choices=("run", "rehearse", "text", "check"))
     parser.add_argument("--no-rehearsal", action="store_true", help="store a run although rounding was not rehearsed")
     parser.add_argument("name", nargs="?", default="", help="one lesson, e.g. 01-width-bounds")
     arguments = parser.parse_args()
@@ -282,6 +282,8 @@ def main() -> None:
     try:
         if arguments.command == "run":
             run(names, rehearse=not arguments.no_rehearsal)
+        elif arguments.command == "rehearse":
+            rehearsal.rehearse({name: stored(name) for name in names})
         else:
             {"text": text, "check": check}[arguments.command](names)
     except Broken as broken:

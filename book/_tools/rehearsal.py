@@ -1,14 +1,11 @@
 """The rounding rehearsal: does a lesson print the same on a processor that rounds otherwise?
 
-    python book/_tools/rehearsal.py [NAME] [--seeds 1 2]
-
 Each lesson's code runs as `notebooks.py run` runs it, once for each seed, with the last bits of PyTorch's results moved
 (`rounding.py`). What it prints is compared, character by character, with the stored outputs: streams, text, Markdown,
 HTML and JSON, not pictures. A cell that prints something else holds a digit of rounding noise; it is named, and the
-exit status is 1. Say less there, or measure better. This does not replace nbval, which compares on the real processor.
+run is refused. Say less there, or measure better. This does not replace nbval, which compares on the real processor.
 """
 
-import argparse
 import configparser
 import difflib
 import itertools
@@ -20,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "_ext"))
 
-from course import address, lessons
+from course import address
 from execution import Broken, run_at_once
 
 SEEDS = (1, 2)
@@ -110,20 +107,3 @@ def rehearse(outputs: dict[str, list], seeds: tuple[int, ...] = SEEDS) -> None:
         messages += found
     if messages:
         raise Broken("\n\n".join(messages) + "\n\nThese outputs hold digits that rounding can move.")
-
-
-def main() -> None:
-    from notebooks import stored
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", nargs="?", default="", help="one lesson, e.g. 01-width-bounds")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    arguments = parser.parse_args()
-    try:
-        rehearse({name: stored(name) for name in lessons.names(arguments.name)}, tuple(arguments.seeds))
-    except Broken as broken:
-        sys.exit(str(broken))
-
-
-if __name__ == "__main__":
-    main()
