@@ -94,11 +94,15 @@ def _rounded(value: float, digits: int, side: str) -> str:
 _LONG = decimal.Context(prec=800)  # every float is a decimal of fewer digits
 
 
+_AT_MOST = ("max_", "largest_", "rate", "loss_lower", "floor", "distance_low", "lambda", "trivial")
+_AT_LEAST = (
+    "min_", "width", "gap", "bound", "distance", "loss_upper", "perp", "parallel", "movement", "Q_star", "e_0", "here",
+)  # fmt: skip
+
+
 def _side(name: str) -> str:
     """The side on which a quantity still holds when it is printed: what is promised at most down, at least up."""
-    if name.startswith(("max_", "largest_", "rate", "loss_lower", "floor")):
-        return "down"
-    return "up" if name.startswith(("min_", "width", "gap", "bound", "distance", "loss_upper")) else ""
+    return "down" if name.startswith(_AT_MOST) else "up" if name.startswith(_AT_LEAST) else ""
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,19 @@ def compare(name: str, measured: Any, relation: str, required: Any, status: str 
     """Build an `Assumption` whose `holds` is the comparison itself; NaN never holds."""
     holds = relation in _RELATIONS and bool(_RELATIONS[relation](measured, required))
     return Assumption(name, measured, relation, required, status, holds)
+
+
+def _compared(a: Assumption) -> tuple[str, str]:
+    """What was found and what is needed, as text: with more digits where three would hide that the line holds."""
+    if a.measured is None and a.required is None:
+        return "", ""
+    side = {"<": "down", ">": "up"}.get(a.relation[:1], "")
+    for digits in range(3, 18):
+        found, needed = show(a.measured, digits), show(a.required, digits, side)
+        numbers = a.holds and side and all(isinstance(plain(v), float) for v in (a.measured, a.required))
+        if not numbers or _RELATIONS[a.relation](float(found), float(needed)):
+            break
+    return found, f"{SYMBOLS.get(a.relation, a.relation)} {needed}"
 
 
 def assumed(name: str) -> Assumption:
@@ -199,11 +216,9 @@ class Certificate:
         """The table's rows as text: assumption, found, needed, status, holds."""
         rows = []
         for a in self.assumptions:
-            nothing = a.measured is None and a.required is None
-            side = {"<": "down", ">": "up"}.get(a.relation[:1], "")
-            relation = "" if nothing else f"{SYMBOLS.get(a.relation, a.relation)} {show(a.required, side=side)}"
+            found, needed = _compared(a)
             mark = "assumed" if a.status == "assumed" else ("yes" if a.holds else "NOT SHOWN")
-            rows.append((a.name, "" if nothing else show(a.measured), relation, a.status, mark))
+            rows.append((a.name, found, needed, a.status, mark))
         return rows
 
     def _quantities(self) -> list[tuple[str, str]]:

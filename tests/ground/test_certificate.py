@@ -151,11 +151,22 @@ def test_a_bound_holds_as_it_is_printed(value, digits):
 def test_what_a_certificate_promises_is_printed_on_the_safe_side():
     rows = (compare("η", 2.2355e-06, "<=", 2.23999e-06), compare("n", 1000.5, ">=", 1000.2))
     cert = Certificate("T", True, rows, {"max_step": 2.23999e-06, "width": 1000.2, "other": 1.9999})
-    assert "≤ 2.23e-06" in str(cert)
-    assert "≥ 1.01e+03" in str(cert)
+    assert "2.236e-06  ≤ 2.239e-06" in str(cert)
+    assert "1000.5     ≥ 1000.2" in str(cert)
     assert "max_step = 2.23e-06" in str(cert)
     assert "width = 1.01e+03" in str(cert)
     assert "other = 2" in str(cert)
+
+
+def test_a_line_that_holds_reads_as_one_that_holds():
+    cert = Certificate("T", True, (compare("Q*", 18.4632, "<=", 18.4671), compare("x", 1.0, "<", 1.0 + 2.0**-52)))
+    (_, found, needed, *_), (_, one, more, *_) = cert.rows()
+    assert (found, needed) == ("18.46", "≤ 18.46")
+    assert float(one) < float(more[2:])
+    assert Certificate("T", False, (compare("Q*", 18.468, "<=", 18.4671),), {}, "x").rows()[0][1:3] == (
+        "18.5",
+        "≤ 18.4",
+    )
 
 
 def test_the_first_line_says_what_was_gained():
