@@ -341,6 +341,8 @@ def test_signs_that_rounding_leaves_open_are_fragile():
     y, signs, eta = torch.zeros(1, 1).double(), torch.ones(1, 16).double(), torch.ones(1).double()
     p = gates.Problem.of(X, y, W, signs, eta, "certified")
     counts = gates.fragile_counts(X, W, p.tau(torch.zeros(1).double()))
+    assert bool((p.tau(torch.zeros(1).double()) >= p.blur).all())
+    assert float(p.blur) > 0
     assert int(counts.both) >= len(wrong)
     assert int(counts.both) < 16
     for r in range(16):
