@@ -210,10 +210,17 @@ def _assemble(
         reason = _reason(rows, loop, s, min(found.values()), float(products[s]))
         kept = {key: float(v[s]) for key, v in (facts if reason else values | facts).items()}
         kept = {key: value for key, value in kept.items() if not reason or math.isfinite(value)}
-        vacuous = "trivial" in kept and kept.get("distance", 0.0) >= kept["trivial"] > 0
-        title = f"{name} (vacuous: distance ≥ trivial)" if vacuous else name
-        members.append(Certificate(title, not reason, tuple(rows), kept, reason))
+        members.append(Certificate(name, not reason, tuple(rows), kept, reason, says="" if reason else _says(kept)))
     return gather(members, lambda c: -c.quantities.get("distance", c.quantities["movement"]))
+
+
+def _says(kept: dict[str, float]) -> str:
+    """What was gained: the bound on the distance of the limit, beside that of not training."""
+    if "here" in kept:
+        low, high = show(kept["distance_low"], side="down"), show(kept["distance_high"], side="up")
+        return f"the limit is {low} to {high} from w*"
+    found = f"the limit is within {show(kept['distance'], side='up')} of w*, the start {show(kept['trivial'])} from it"
+    return f"{found}: vacuous" if kept["distance"] >= kept["trivial"] > 0 else found
 
 
 def _rows(p: Problem, loop: ClosedLoop, s: int, eigenvalues: dict[str, float], product: float) -> list[Assumption]:
@@ -389,8 +396,7 @@ def certify_width(
     values["informative"] = max(need, ratio * ratio * ratio * ratio)
     failed = next((row for row in rows if not row.holds), None)
     if failed is None:
-        vacuous = " (vacuous: distance ≥ trivial)" if distance >= trivial > 0 else ""
-        return Certificate(f"Explicit width (formula){vacuous}", True, tuple(rows), values)
+        return Certificate("Explicit width (formula)", True, tuple(rows), values, says=_says(values))
     reason = f"m is below {show(need, side='up')}" if failed.name == "m" else f"{failed.name} is {failed.measured:.3g}"
     kept = {key: values[key] for key in ("width", "trivial", "informative")}
     return Certificate("Explicit width (formula)", False, tuple(rows), kept, reason)

@@ -94,3 +94,16 @@ def test_eigenvalues_and_norms_hold_for_every_matrix_in_an_interval():
     assert 1.2 <= float(p.norm(G)) < 1.21
     hidden = G * torch.tensor([[[1.0, 10.0], [10.0, 100.0]]], dtype=torch.float64)
     assert float(p.norm(hidden)) >= 111  # the largest row sum, not the first
+
+
+def test_a_measured_eigenvalue_of_rounding_size_is_zero():
+    positive = 0
+    for seed in range(20):
+        X, W = layer(N=4, S=1, seed=seed)
+        p = gates.Problem.of(X, X.new_ones(1, 4), W, X.new_ones(1, 60), X.new_ones(1), "measured")
+        A = torch.randn(4, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        G = (A @ A.T)[None]  # of rank 2
+        positive += bool(torch.linalg.eigvalsh(G)[0, 0] > 0)
+        assert float(p.smallest(G)) == 0
+        assert float(p.smallest(G + torch.eye(4, dtype=torch.float64))) == pytest.approx(1)
+    assert positive >= 2
