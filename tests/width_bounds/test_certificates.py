@@ -295,6 +295,9 @@ def test_dependent_features_are_named(level):
     assert cert.reason.startswith("sigma_min_unresolved")
     assert "rows 0 and 1 of F_1 are, to rounding, positively parallel" in cert.reason
     assert cert.quantities["alpha_0"] == 0
+    for radii in (None, [1.0, 1.0, 1.0]):
+        paper = wb.certify_paper(X, data.signs(4, seeded(2)), narrow, radii, level=level)
+        assert paper.reason.startswith("sigma_min_unresolved")
     X, Y = data.sphere(12, 12, seeded(4)), data.signs(12, seeded(54))
     schemes = ["gaussian", "lecun", "lecun"]
     weights = networks.init_mlp((12, 3, 2000, 1), scheme=schemes, zero_last=True, generator=4)
