@@ -101,7 +101,8 @@ def _accept(value: Any, hint: Any, wanted: _Wanted) -> Any:
             raise ValueError(f"{wanted.name} is {value!r}; {' or '.join(map(repr, typing.get_args(hint)))} is needed")
         return value
     if origin in (collections.abc.Sequence, list, tuple):
-        return _sequence(value, typing.get_args(hint), wanted)
+        hints = typing.get_args(hint)
+        return _sequence(value, hints, origin is tuple and Ellipsis not in hints, wanted)
     if origin in (collections.abc.Callable, collections.abc.Mapping, dict):
         kind = Callable if origin is collections.abc.Callable else Mapping
         return _instance(value, kind, wanted)
@@ -162,7 +163,7 @@ def _scalar(value: Any, hint: type, wanted: _Wanted) -> Any:
     return value if isinstance(value, int | float) else plain  # a fraction times a tensor is an error of torch's
 
 
-def _sequence(value: Any, hints: tuple[Any, ...], wanted: _Wanted) -> Any:
+def _sequence(value: Any, hints: tuple[Any, ...], pairs: bool, wanted: _Wanted) -> Any:
     name = wanted.name
     inner = hints[0] if hints else Any
     of_tensors = _is_array(inner) or inner is Tensor
@@ -173,6 +174,8 @@ def _sequence(value: Any, hints: tuple[Any, ...], wanted: _Wanted) -> Any:
         if not isinstance(value, collections.abc.Iterable):
             raise TypeError(f"{name} is {_found(value)}; a list is needed")
         value = list(value)
+    if pairs and len(value) != len(hints):
+        raise ValueError(f"{name} has {len(value)} entries; {len(hints)} are needed")
     items = [_accept(item, inner, wanted._replace(name=f"{name}[{i}]")) for i, item in enumerate(value)]
     return tuple(items) if isinstance(value, tuple) and type(value) is tuple else items
 
@@ -215,6 +218,8 @@ def _tensor(value: Any, hint: Any, wanted: _Wanted) -> Tensor:
         raise TypeError(f"{name} is {value.layout} on {value.device}; a dense tensor with numbers is needed")
     if floating:
         _check_floating(value, len(axes), wanted)
+    elif hint is Tensor and (value.dtype == torch.bool or value.is_complex()):
+        raise TypeError(f"{name} has dtype {value.dtype}; real numbers are needed")
     elif hint is not Tensor and str(value.dtype).removeprefix("torch.") not in hint.dtypes:
         raise TypeError(f"{name} has dtype {value.dtype}; {' or '.join(hint.dtypes[-1:])} is needed")
     _check_shape(value, axes, wanted)

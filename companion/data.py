@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import math
 import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -118,6 +119,7 @@ def equal_inputs(X: Float[Tensor, "N ..."]) -> Int[Tensor, " N"]:
     return torch.unique(rows, dim=0, return_inverse=True)[1]
 
 
+@checked
 def equal_pairs(groups: Int[Tensor, " N"]) -> list[tuple[int, int]]:
     """List ``(i, j)``, the first sample i of each group with every later one j.
 
@@ -345,6 +347,7 @@ class Images(NamedTuple):
     labels_test: Int[Tensor, " N_test"]
 
 
+@checked
 def load_idx(folder: str | Path) -> Images:
     """Load a user's own folder of four IDX files under MNIST's names (MNIST, Fashion-MNIST, KMNIST and their kin).
 
@@ -394,7 +397,7 @@ def _read_idx(path: Path, magic: int) -> np.ndarray:
     """Read one IDX file: big-endian magic number, one 32-bit size for each axis, then unsigned bytes."""
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     axes = magic & 0xFF
     if len(raw) < 4 * (axes + 1):

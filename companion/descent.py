@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from companion import data, networks, runs
+from companion.arguments import checked
 from companion.networks import Activation
 
 _BLOCK_SECONDS = 0.5  # how often a run looks at its clock, its losses and its progress bar
@@ -263,6 +264,7 @@ class _Checkpoint:
 Update = Callable[[State, Tensor, list[Tensor]], list[Tensor]]
 
 
+@checked
 def train(
     weights: Sequence[Tensor],
     X: Float[Tensor, "N d"],
@@ -357,6 +359,7 @@ def _step_sizes(step: float | Tensor, W: Tensor) -> Tensor:
     return eta.to(dtype=W.dtype, device=W.device).expand(len(W)).reshape(-1, 1, 1).contiguous()
 
 
+@checked
 def default_chunk(
     shapes: Sequence[Sequence[int]], X: Float[Tensor, "N d"], *, keep_gradients: bool = False, two: bool = False
 ) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from companion.arguments import checked
 from companion.data import row_norms, unit_rows
-from companion.networks import Activation, as_ensemble
+from companion.networks import Activation, as_ensemble, check_weights
 from companion.networks import activation as find_activation
 
 
@@ -163,6 +163,7 @@ def ntk_gram(
         ``(S, N K, N K)``, sample-major: row ``i K + a`` is output a on sample i.
     """
     sigma = find_activation(activation)
+    check_weights(weights, X)
     weights = as_ensemble(weights)
     S, _, K = weights[-1].shape
     N = len(X)

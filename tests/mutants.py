@@ -33,7 +33,7 @@ PROVING = (
     "rigor/rounding", "rigor/linear_algebra", "rigor/balls", "rigor/rationals", "rigor/intervals", "rigor/elementary",
     "rigor/formulas", "rigor/modules", "width_bounds/fixed_points", "width_bounds/certificates", "mean_field/coupling",
     "mean_field/jacobian", "mean_field/enclosures", "mean_field/certificates", "beyond_ntk/expressivity",
-    "beyond_ntk/gap_and_rate", "beyond_ntk/bounds", "minimum_norm/gates", "minimum_norm/certificates",
+    "beyond_ntk/certificates", "beyond_ntk/bounds", "minimum_norm/gates", "minimum_norm/certificates",
     "minimum_norm/kernel_limit", "basins/certificates", "basins/critical_points", "basins/exact", "basins/roads",
 )  # fmt: skip
 # an exception's class, a decorator and a variable's value are no terms of a bound

@@ -23,7 +23,7 @@ from companion.rigor import arbs
 from companion.rigor.formulas import lower
 from companion.rigor.rationals import whole_numbers
 
-Loss = Literal["square", "logistic", "convex", "quasi-convex", "continuous"]
+_Loss = Literal["square", "logistic", "convex", "quasi-convex", "continuous"]
 
 # --- above the width: no basin ----------------------------------------------------------------------------------------
 
@@ -33,7 +33,7 @@ def certify_no_basin(
     N: int,
     m: int,
     act: str | Activation,
-    loss: Loss = "square",
+    loss: _Loss = "square",
     X: Float[Tensor, "N D"] | None = None,
     *,
     K: int = 1,
@@ -78,7 +78,7 @@ def certify_no_basin(
     if min(N, m, K) < 1:
         raise ValueError(f"N is {N}, m is {m}, K is {K}; at least one sample, one neuron and one output are needed")
     if X is not None and len(X) != N:
-        raise ValueError(f"X has shape {tuple(X.shape)}; inputs of shape ({N}, D), one row a sample, are needed")
+        raise ValueError(f"N is {N}, X has shape {tuple(X.shape)}; (N, D), one row a sample, is needed")
     distinct = N if X is None else int(equal_inputs(X).max()) + 1
     samples = "N" if distinct == N else "number of distinct inputs"
     columns, neurons = m + output_bias, "width m, with the output bias," if output_bias else "width m"
@@ -196,7 +196,10 @@ def _float_certificate(
     stacked, sigma = check_shallow(weights, X, Y, act)
     if competitor is None:
         competitor = _search_competitor(stacked, X, Y, act)
-    other, _ = check_shallow(competitor, X, Y, act)
+    try:
+        other, _ = check_shallow(competitor, X, Y, act)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"competitor: {error}") from None
     if level == "certified":
         return _ball_certificate(stacked, X, Y, sigma, other)
     at, there = loss_derivatives(stacked, X, Y, sigma), loss_derivatives(other, X, Y, sigma)
@@ -266,7 +269,10 @@ def _ball_certificate(
     _check_balls(sigma)
     for name, given in (("weights", weights), ("competitor", competitor)):
         if len(given[0]) != 1 or X.ndim != 2 or Y.ndim != 2:
-            raise ValueError(f"{name} holds {len(given[0])} networks; one network on one data set is needed for balls")
+            shapes = f"X {tuple(X.shape)}, Y {tuple(Y.shape)}"
+            raise ValueError(
+                f"{name} holds {len(given[0])} networks, {shapes}; one, on one data set, is needed for balls"
+            )
     (W,), (V,) = weights
     box = krawczyk(W, V[:, 0], X, Y[:, 0], sigma.name)
     (W_c,), (V_c,) = competitor

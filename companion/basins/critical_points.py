@@ -13,7 +13,7 @@ from companion.basins.shallow import check_shallow, loss_derivatives, recognized
 from companion.networks import Activation
 from companion.rigor.arbs import ball_functions, ends, flint
 
-BOUNDS = {  # |sigma^(k)| <= b_k, k = 0..3; exp depends on the range
+_BOUNDS = {  # |sigma^(k)| <= b_k, k = 0..3; exp depends on the range
     "sin": (1.0, 1.0, 1.0, 1.0),
     "cos": (1.0, 1.0, 1.0, 1.0),
     "tanh": (1.0, 1.0, 0.7699, 2.0),  # 4 / 3^(3/2)
@@ -66,10 +66,11 @@ def kantorovich(
     Source: Kantorovich's theorem for the gradient; the bound M is derived above.
     """
     (W, V), sigma = check_shallow(weights, X, Y, act)
-    if not recognized(sigma, "exp", *BOUNDS):
-        raise ValueError(f"act is {sigma.name!r}; companion's own {', '.join(BOUNDS)} or exp is needed for bounds")
+    if not recognized(sigma, "exp", *_BOUNDS):
+        raise ValueError(f"act is {sigma.name!r}; companion's own {', '.join(_BOUNDS)} or exp is needed for bounds")
     d = loss_derivatives(weights, X, Y, act)
-    values = torch.linalg.eigvalsh(d.hessian)
+    finite = torch.isfinite(d.hessian).flatten(1).all(1)
+    values = torch.linalg.eigvalsh(torch.where(finite[:, None, None], d.hessian, 0))  # 0 shows nothing
     gamma, smallest = torch.linalg.vector_norm(d.gradient, dim=1), values[:, 0]
     reach = 3 * gamma / smallest.clamp_min(1e-300) if radius is None else torch.full_like(gamma, radius)
     reach = reach.clamp(1e-14, 1e6)
@@ -85,7 +86,7 @@ def _third_derivative(W: Tensor, v: Tensor, X: Tensor, e: Tensor, act: str, r: T
     if act == "exp":
         b_0 = b_1 = b_2 = b_3 = torch.exp(((X @ W).amax(-1) + r * x).amax(1, keepdim=True))
     else:
-        b_0, b_1, b_2, b_3 = BOUNDS[act]
+        b_0, b_1, b_2, b_3 = _BOUNDS[act]
     size, largest = torch.linalg.vector_norm(v, dim=1)[:, None] + r, v.abs().amax(1)[:, None] + r
     G_1 = (m * b_0**2 + (b_1 * size * x) ** 2) ** 0.5
     G_2 = b_1 * x + b_2 * largest * x**2

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from companion.rigor.arbs import Jet
 
-EXACT_ACTIVATIONS = ("exp", "sigmoid", "tanh", "sin")
-Base = Fraction | int | tuple[Fraction | int, Fraction | int]
+_ACTIVATIONS = ("exp", "sigmoid", "tanh", "sin")
+_Base = Fraction | int | tuple[Fraction | int, Fraction | int]
 
 
 class Jets2(NamedTuple):
@@ -92,7 +92,7 @@ def ldl_pivots(A: Sequence[Sequence[Any]]) -> list[Any]:
 # --- exact ------------------------------------------------------------------------------------------------------------
 
 
-def exact_jet(act: str, base: Base, k: int) -> Jet:
+def _jet(act: str, base: _Base, k: int) -> Jet:
     """``sigma, sigma', sigma''`` at ``z = k u`` as fractions; ``u = ln base``, for sin ``base = (cos u, sin u)``.
 
     Args:
@@ -106,7 +106,7 @@ def exact_jet(act: str, base: Base, k: int) -> Jet:
     Raises:
         ValueError: an activation without exact values, or a base that is not positive or not on the circle.
     """
-    base = check_base(act, base)
+    base = _check_base(act, base)
     if act == "sin":
         c, s = _rotate(base, k)
         return s, c, -s
@@ -120,10 +120,10 @@ def exact_jet(act: str, base: Base, k: int) -> Jet:
     return t, 1 - t * t, -2 * t * (1 - t * t)
 
 
-def check_base(act: str, base: Base) -> Any:
+def _check_base(act: str, base: _Base) -> Any:
     """The base as fractions, refused when it does not give rational features."""
-    if not isinstance(act, str) or act not in EXACT_ACTIVATIONS:
-        raise ValueError(f"act is {act!r}; one of {', '.join(EXACT_ACTIVATIONS)} has exact values")
+    if not isinstance(act, str) or act not in _ACTIVATIONS:
+        raise ValueError(f"act is {act!r}; one of {', '.join(_ACTIVATIONS)} has exact values")
     given = [*base] if isinstance(base, tuple) else [base]
     try:
         numbers = [Fraction(t) for t in given]
@@ -161,12 +161,12 @@ class ExactPoint:
     """
 
     act: str
-    base: Base
+    base: _Base
     multiples: tuple[tuple[int, ...], ...]
     v: tuple[Fraction, ...]
 
     def __post_init__(self) -> None:
-        check_base(self.act, self.base)
+        _check_base(self.act, self.base)
         try:
             sizes = {len([operator.index(k) for k in a]) for a in self.multiples}
             count = len([Fraction(t) for t in self.v])
@@ -187,7 +187,7 @@ class ExactPoint:
                 f"X has {len(X[0])} columns, the neurons take {len(self.multiples[0])}; they must be equal"
             )
         products = [[sum(a * x for a, x in zip(w, row, strict=True)) for w in self.multiples] for row in X]
-        return [[exact_jet(self.act, self.base, k) for k in row] for row in products]
+        return [[_jet(self.act, self.base, k) for k in row] for row in products]
 
     def derivatives(self, X: Sequence[Sequence[int]], y: Sequence[Fraction]) -> Jets2:
         """Loss, gradient and Hessian as fractions."""
@@ -244,7 +244,7 @@ def _rationals(name: str, A: Any) -> list[list[Fraction]]:
 
 
 def best_exact_neuron(
-    act: str, base: Base, X: Sequence[Sequence[int]], y: Sequence[Fraction], reach: int = 3
+    act: str, base: _Base, X: Sequence[Sequence[int]], y: Sequence[Fraction], reach: int = 3
 ) -> tuple[ExactPoint, Fraction]:
     """The single neuron ``c sigma(a u . x)``, ``|a| <= reach``, with the smallest exact loss, c at its best."""
     best, lowest = None, None

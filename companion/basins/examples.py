@@ -62,12 +62,12 @@ def exact_bad_minimum(act: str, a: Sequence[int], x: Sequence[int], base: Any) -
 
     Source: Theorem N, derived in lesson 5.
     """
-    X = exact.integers([[t] for t in x])
-    m, N = len(a), len(X)
-    if len(set(a)) < m or m < 1 or len(set(X)) < N:
+    m, N = len(a), len(x)
+    if len(set(a)) < m or m < 1 or len(set(x)) < N:
         raise ValueError(f"a is {list(a)}, x is {list(x)}; different integers are needed")
     if 2 * m >= N:
         raise ValueError(f"x holds {N} inputs; at least 2 m + 1 = {2 * m + 1} are needed for m = {m} neurons")
+    X = exact.integers([[t] for t in x])
     point = ExactPoint(act, base, tuple((int(t),) for t in a), (Fraction(1),) * m)
     jets = point.jets(X)
     nodes = [[jets[n][j][0] for n in range(N)] for j in range(m)]

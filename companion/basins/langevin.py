@@ -62,8 +62,10 @@ def exit_times(
     T = torch.as_tensor(T, dtype=torch.float64)
     if T.ndim > 1 or T.numel() not in (1, S) or not bool(((T > 0) & torch.isfinite(T)).all()):
         raise ValueError(f"T has shape {tuple(T.shape)}; one positive temperature, or one for each of {S}, is needed")
-    if not (step > 0 and longest > 0 and math.isfinite(level)):
-        raise ValueError(f"step, longest, level are {step}, {longest}, {level}; positive times, finite level needed")
+    if not (step > 0 and 0 < longest < step * 1e15):
+        raise ValueError(
+            f"step, longest, level are {step}, {longest}, {level}; positive times, at most 10^15 steps are needed"
+        )
     scale = (2 * T * step).sqrt().expand(S).to(W.device)
     alive = torch.arange(S, device=W.device)
     W, v, y = W.mT.clone(), V[..., 0].clone(), Y[:, 0]  # W (S, m, D), v (S, m)

@@ -77,11 +77,11 @@ def plant_bad_minimum(
     pool, features, sizes = pool[:, usable], features[:, usable], sizes[usable]
     reached = (e @ features).abs() / (sizes * torch.linalg.vector_norm(e))
     if not bool((reached > 1e-10).any()):
-        raise ValueError("e is orthogonal to every feature, g_e = 0 everywhere; every minimum with it is global")
+        raise ValueError("e is orthogonal to every feature of X, g_e = 0 everywhere; every minimum with it is global")
     (g,), (grad,), _ = dual_function(e, X, act, W)
     scale = torch.linalg.vector_norm(e) * torch.linalg.vector_norm(H, dim=0).clamp_min(1e-300)
     if bool((g.abs() > 1e-7 * scale).any()) or bool((grad.abs().amax(1) > 1e-6 * scale * X.abs().max()).any()):
-        raise ValueError(f"g_e is {g.tolist()} at W with gradients {grad.tolist()}; both must vanish")
+        raise ValueError(f"e and X give g_e = {g.tolist()} at W with gradients {grad.tolist()}; both must vanish")
     (curvature,) = _relative_curvature(e[None], X, sigma, W[None])
     signs = curvature[:, 0].sign()
     if not bool((signs[:, None] * curvature > _ROUNDING).all()):
@@ -92,7 +92,7 @@ def plant_bad_minimum(
     if float(torch.linalg.svdvals(H / torch.linalg.vector_norm(H, dim=0))[-1]) < 1e-9:
         raise ValueError("W gives dependent features; independent ones are needed")
     v = signs / torch.linalg.vector_norm(H, dim=0)
-    loss = 0.5 * tau**2 * float(e @ e)
+    loss = 0.5 * tau * tau * float(e @ e)
     for _ in range(200):
         y = H @ v - tau * e
         c = (features.mT @ y) / sizes**2
@@ -104,7 +104,7 @@ def plant_bad_minimum(
             _check_minimum(planted.weights, X, planted.Y, sigma)
             return planted
         v = v / 2
-    raise ValueError("no competitor was found; another seed or other touching points are needed")
+    raise ValueError(f"tau is {tau}; no competitor was found, another seed or other touching points W, e are needed")
 
 
 def _check_minimum(weights: list[Tensor], X: Tensor, Y: Tensor, sigma: Activation) -> None:
@@ -204,7 +204,7 @@ def touching_points(
     bounded = (W.abs().amax((1, 2)) * size < 10 + 10 * spread) & (H.square().sum(1).amin(1) > 1e-8)
     H = torch.nn.functional.normalize(H, dim=1)
     residual = F.norm(dim=1)
-    independent = torch.linalg.svdvals(H)[:, -1] > 1e-3 if m <= N else torch.zeros_like(bounded)
+    independent = torch.linalg.svdvals(torch.nan_to_num(H))[:, -1] > 1e-3 if m <= N else torch.zeros_like(bounded)
     relative = _relative_curvature(e, X, sigma, W)
     one_sign = (relative.amin(-1) > _FLAT) | (relative.amax(-1) < -_FLAT)
     touches = (residual < 1e-12) & independent & bounded & (relative.abs().amax((1, 2)) > _FLAT)
@@ -246,7 +246,7 @@ def _touching_system(e: Tensor, W: Tensor, X: Tensor, sigma: Activation) -> tupl
 
 
 @checked
-def split_neuron(weights: Sequence[Tensor], j: int, shares: Sequence[float]) -> list[Tensor]:
+def split_neuron(weights: Sequence[Float[Tensor, "*S _ _"]], j: int, shares: Sequence[float]) -> list[Tensor]:
     """Replace neuron j by copies with output weights ``lambda_i v_j``, ``sum_i lambda_i = 1``: the same function.
 
     Args:

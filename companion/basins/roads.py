@@ -13,7 +13,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from companion import networks
 from companion.arguments import checked
-from companion.basins.shallow import check_shallow, pointwise
+from companion.basins.shallow import Loss, check_shallow, pointwise
 from companion.certificate import Certificate, assumed, compare
 from companion.data import equal_inputs
 from companion.networks import Activation
@@ -46,7 +45,7 @@ class Road:
         X: inputs.
         Y: targets.
         act: the activation.
-        loss: ``"square"`` or ``"logistic"``.
+        loss: the loss.
     """
 
     vertices: tuple[tuple[Tensor, Tensor], ...]
@@ -57,7 +56,7 @@ class Road:
     X: Tensor
     Y: Tensor
     act: Activation
-    loss: str
+    loss: Loss
 
     @property
     def lengths(self) -> tuple[float, float, float]:
@@ -111,7 +110,7 @@ def descent_road(
     Y: Float[Tensor, "N K"],
     act: str | Activation,
     *,
-    loss: Literal["square", "logistic"] = "square",
+    loss: Loss = "square",
     target: Float[Tensor, "N K"] | None = None,
     seed: int = 0,
 ) -> Road:
@@ -219,7 +218,7 @@ def road_losses(road: Road, n: int = 50) -> Float[Tensor, " points"]:
     return torch.cat(out)
 
 
-def _line_minimum(F: Tensor, step: Tensor, Y: Tensor, loss: str) -> float:
+def _line_minimum(F: Tensor, step: Tensor, Y: Tensor, loss: Loss) -> float:
     """Where the convex function ``t -> l(F + t step)`` is lowest on [0, 1], by bisection of its slope."""
     low, high = 0.0, 1.0
 

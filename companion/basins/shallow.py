@@ -22,7 +22,7 @@ from companion import networks
 from companion.arguments import checked
 from companion.networks import ACTIVATIONS, Activation, activation
 
-LOSSES = ("square", "logistic")
+Loss = Literal["square", "logistic"]
 _LM_UP, _LM_DOWN = 4.0, 0.25  # the damping after a rejected and after an accepted step
 _COMPACT = 5  # finished networks leave the batch every so many iterations
 _KICK = 50  # a push along a direction of negative curvature every so many Newton steps
@@ -43,7 +43,7 @@ def check_shallow(
     order: int = 2,
     outputs: int | None = 1,
 ) -> tuple[list[Tensor], Activation]:
-    """Refuse what is not one hidden layer on finite float64 data, and return the stacked weights and the activation.
+    """Refuse what is not one hidden layer for these finite data, and return the stacked weights and the activation.
 
     Args:
         weights: ``[W, V]``, shapes (S, D, m), (S, m, K) or without S.
@@ -57,21 +57,16 @@ def check_shallow(
         The stacked weights and the `Activation`.
 
     Raises:
-        TypeError: not tensors, or another dtype than float64.
-        ValueError: more or fewer than two matrices, shapes that do not fit, NaN or infinity, too many outputs, or an
-            activation without the derivatives asked for (relu and step have no Hessian).
+        TypeError: weights that are no tensors.
+        ValueError: more or fewer than two matrices, shapes that do not fit, NaN or infinity in weights, too many
+            outputs, or an activation without the derivatives asked for (relu and step have no Hessian).
     """
     sigma = activation(act)
     for name, T in (("X", X), ("Y", Y)):
         if T is None:
             continue
-        if not isinstance(T, Tensor) or T.dtype != torch.float64:
-            found = T.dtype if isinstance(T, Tensor) else type(T).__name__
-            raise TypeError(f"{name} is {found}; a float64 tensor is needed")
-        if T.ndim not in (2, 3) or T.numel() == 0:
+        if T.ndim not in (2, 3):
             raise ValueError(f"{name} has shape {tuple(T.shape)}; (N, columns) or (S, N, columns) is needed")
-        if not bool(torch.isfinite(T).all()):
-            raise ValueError(f"{name} holds NaN or infinity; finite numbers are needed")
     networks.check_weights(weights, X, Y)
     stacked = networks.as_ensemble(weights)
     if len(stacked) != 2:
@@ -116,7 +111,7 @@ def loss_derivatives(
     Y: Float[Tensor, "*y N 1"],
     act: str | Activation,
     *,
-    loss: Literal["square", "logistic"] = "square",
+    loss: Loss = "square",
 ) -> Derivatives:
     """Loss, gradient and Hessian in closed form: ``Hessian = J^T diag(l'') J + C(e)``.
 
@@ -156,15 +151,13 @@ def loss_derivatives(
     return Derivatives(value.sum(-1), e, gradient, J.mT @ (weight[..., None] * J), C, J)
 
 
-def pointwise(f: Tensor, y: Tensor, loss: str) -> tuple[Tensor, Tensor, Tensor]:
+def pointwise(f: Tensor, y: Tensor, loss: Loss) -> tuple[Tensor, Tensor, Tensor]:
     """``l(f, y)`` with its first and second derivative in f, entry by entry."""
     if loss == "square":
         e = f - y
         return 0.5 * e**2, e, torch.ones_like(e)
-    if loss == "logistic":
-        s = torch.sigmoid(f)
-        return torch.logaddexp(f, f.new_zeros(())) - y * f, s - y, s * (1 - s)
-    raise ValueError(f"loss is {loss!r}; one of {', '.join(LOSSES)} is needed")
+    s = torch.sigmoid(f)
+    return torch.logaddexp(f, f.new_zeros(())) - y * f, s - y, s * (1 - s)
 
 
 @checked(double=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 from companion.arguments import checked
 from companion.beyond_ntk import last_layer
 from companion.beyond_ntk.last_layer import Loss
-from companion.rigor import formulas, norm, point
+from companion.rigor import formulas, norm, point, stack
 
 # --- The rates, for any kind of number --------------------------------------------------------------------------------
 
@@ -341,28 +340,29 @@ def duplicate_floor(groups: Int[Tensor, " N"], Y: Tensor, loss: Loss | None = No
         loss: ``"squared"`` or ``"cross_entropy"``; None for what the dtype of Y says.
 
     Returns:
-        The floor, in exact arithmetic and rounded down; 0 without duplicates.
+        The floor, with all rounding, rounded down; 0 without duplicates.
 
     Raises:
         TypeError, ValueError: targets that do not fit.
 
     Source: derived in lesson 3 (equal inputs have equal outputs).
     """
-    Y, loss = last_layer.check_targets("Y", Y, len(groups), loss)
+    Y, loss = last_layer.check_targets("Y", Y.cpu(), len(groups), loss)
     members: dict[int, list[int]] = {}
     for i, group in enumerate(groups.tolist()):
         members.setdefault(group, []).append(i)
     crowded = [rows for rows in members.values() if len(rows) > 1]
-    if loss == "squared":
-        total = Fraction(0)
-        for rows in crowded:
-            for column in Y[rows].T.tolist():
-                exact = [Fraction(value) for value in column]
-                total += (sum(v * v for v in exact) - sum(exact) ** 2 / len(exact)) / 2
-        return float(point(total / len(groups)).lo.clamp(min=0.0))
-    counts = [(c, len(rows)) for rows in crowded for c in torch.bincount(Y[rows]).tolist() if 0 < c < len(rows)]
-    if not counts:
+    if not crowded:
         return 0.0
-    c, n = Y.new_tensor(counts, dtype=torch.float64, device="cpu").T.contiguous()
-    least = (point(c) * (point(n) / point(c)).log()).sum(0) / len(groups)
-    return float(least.lo.clamp(min=0.0))
+    if loss == "squared":
+        parts = []
+        for rows in crowded:
+            r = point(Y[rows].double()) - Y[rows].double().mean(0)  # from any point; from the mean nothing cancels
+            parts.append(((r**2).sum(0) - r.sum(0) ** 2 / len(rows)).sum(0) / 2)
+        least = stack(parts).sum(0)
+    else:
+        counts = [(c, len(rows)) for rows in crowded for c in torch.bincount(Y[rows]).tolist() if 0 < c < len(rows)]
+        c, n = Y.new_tensor([*counts, (1, 1)], dtype=torch.float64).T.contiguous()
+        least = (point(c) * (point(n) / point(c)).log()).sum(0)
+    floor = float((least / len(groups)).lo)
+    return max(0.0, floor) if math.isfinite(floor) else 0.0

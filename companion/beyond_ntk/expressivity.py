@@ -4,7 +4,7 @@ The network ends in ``h = sigma(A xi + a)`` of width m, then ``q = V^T [h, 1]``;
 outputs on N samples, and ``M = [h, 1]`` is (N, m + 1). If the ``xi_i`` are pairwise distinct, sigma is analytic and not
 a polynomial, and ``m >= N - 1``, then ``rank M = N`` for almost every ``(A, a)`` (lesson 3). `certify_expressivity`
 shows it for the network with the stored parameters and exact real arithmetic, in evaluation mode, through
-`companion.enclosures`; no N x N matrix is formed. A certificate that does not hold says *not shown*, with the reason.
+`companion.rigor`; no N x N matrix is formed. A certificate that does not hold says *not shown*, with the reason.
 """
 
 from __future__ import annotations

@@ -31,7 +31,6 @@ from companion.certificate import Certificate, assumed, compare, show, silent
 from companion.mean_field.blocks import BallBump, Block, Constants, check_fit, check_positive
 from companion.mean_field.flow import limit_flow
 from companion.mean_field.hypotheses import warn_order
-from companion.runs import count
 
 _NAME = "Coupling theorem"
 _ROUNDS = 500  # of the search for the radius that one particle cannot leave
@@ -261,6 +260,21 @@ def _law_constants(
     return Constants(*[math.inf] * 7), "nowhere: no radius found that no particle can leave", row
 
 
+def _check_numbers(
+    S: float, step: float, L: int, M: int, support: float | None, epsilon: float | None, eta: float
+) -> None:
+    for name, value in (("S", S), ("step", step), ("epsilon", epsilon)):
+        if value is not None:
+            check_positive(name, value)
+    for name, size in (("L", L), ("M", M)):
+        if not 1 <= size <= 2**53:
+            raise ValueError(f"{name} is {size}; an integer >= 1 is needed, and at most 2^53")
+    if not 0 < eta < 1 or (support is not None and support < 0):
+        raise ValueError(f"eta and support are {eta} and {support}; 0 < eta < 1 and support >= 0 are needed")
+    if S / step > _MOST_STEPS:
+        raise ValueError(f"step is {step}; at most {_MOST_STEPS} steps up to S = {S} are possible")
+
+
 @checked(double=True)
 def coupling_bound(
     block: Block,
@@ -318,15 +332,7 @@ def coupling_bound(
     Source: the coupling theorem, derived in lesson 2.
     """
     weights = check_fit(block, theta, X, weights, y=y, v=v)
-    for name, value in (("S", S), ("step", step), ("epsilon", epsilon)):
-        if value is not None:
-            check_positive(name, value)
-    for name, size in (("L", L), ("M", M)):
-        count(name, size, 1)
-    if not 0 < eta < 1 or (support is not None and support < 0):
-        raise ValueError(f"eta and support are {eta} and {support}; 0 < eta < 1 and support >= 0 are needed")
-    if S / step > _MOST_STEPS:
-        raise ValueError(f"step is {step}; at most {_MOST_STEPS} steps up to S = {S} are possible")
+    _check_numbers(S, step, L, M, support, epsilon, eta)
     warn_order(block, X, y, v, None)
     if support is None and type(block) is not BallBump and not block.constants().largest().finite():
         row = compare("constants of the block for all parameters", math.inf, "<", math.inf)

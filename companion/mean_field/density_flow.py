@@ -22,6 +22,8 @@ from companion.arguments import checked
 from companion.mean_field.blocks import Block
 from companion.mean_field.flow import Depth, check_times
 
+_MOST_STEPS = 10**6
+
 
 @dataclass(frozen=True)
 class DensityFlow:
@@ -158,14 +160,18 @@ def fv_flow(
     if block.k != 1 or X.shape[1] != 1:
         raise ValueError(f"block has k = {block.k} and X has {X.shape[1]} columns; the grid needs one of each")
     times = check_times(times)
-    if cells < 8 or not 0 < cfl <= 1 or not support[0] < support[1]:
-        raise ValueError(f"cells, cfl, support are {cells}, {cfl}, {support}; >= 8, in (0, 1], increasing are needed")
+    if not 8 <= cells <= 10**6 or not 1e-3 <= cfl <= 1 or len(support) != 2 or not support[0] < support[1]:
+        found = f"cells, cfl, support are {cells}, {cfl}, {support}"
+        raise ValueError(f"{found}; 8 to 10^6, 0.001 to 1, and two increasing numbers are needed")
     grid = _Grid(block, X, y, v, support, cells, depth)
     rho, s, kept = grid.averages(density), 0.0, []
     for target in times.tolist():
         while s < target - 1e-12:
             V = grid.speed(rho, s, decay)
-            h = min(target - s, cfl * grid.width / max(float(V.abs().max()), 1e-12))
+            speed = max(float(V.abs().max()), 1e-12)
+            h = min(target - s, cfl * grid.width / speed)
+            if target - s > _MOST_STEPS * h:
+                raise ValueError(f"X, y or v are too large: parameters move at {speed:.3g}, too fast for these cells")
             one = rho + h * grid.rate(rho, V)
             two = 0.75 * rho + 0.25 * (one + h * grid.rate(one, grid.speed(one, s + h, decay)))
             rho = (rho + 2 * (two + h * grid.rate(two, grid.speed(two, s + h / 2, decay)))) / 3

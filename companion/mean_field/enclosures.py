@@ -7,6 +7,7 @@ is then enclosed layer by layer, as `forward` and `adjoint` compute it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from companion.mean_field.blocks import RBF, BallBump, Bias, Block, GaussBump, L
 from companion.rigor import Interval, cat, point, stack
 
 _LARGEST = 2 * 10**7  # numbers in the Jacobian
+_TOO_LARGE = "theta, X or v is too large: the outputs, or products of their derivatives, are not finite floats"
 
 Value = Callable[[Block, Interval, Tensor], Interval]
 Products = Callable[[Block, Interval, Tensor, Interval], tuple[Interval, Interval]]
@@ -190,7 +192,9 @@ class Enclosure:
         low = max(0.0, rigor.round_down(low - error))
         high = rigor.round_up(rigor.spectral_norm_upper(mid) + error)
         size = float(rigor.norm(self.z).hi.max())
-        return residual, rigor.round_down(low**2, 2) if low else 0.0, rigor.round_up(high**2, 2), size
+        if not math.isfinite(high * high):
+            raise ValueError(_TOO_LARGE)
+        return residual, rigor.round_down(low * low, 2) if low else 0.0, rigor.round_up(high * high, 2), size
 
 
 def enclose(
@@ -246,7 +250,7 @@ def enclose(
     output = (z[-1] * point(v)).sum(-1)
     J = cat(rows[::-1], 1)
     if not all(bool(torch.isfinite(end).all()) for part in (output, J) for end in (part.lo, part.hi)):
-        raise ValueError("theta, X or v is too large: the outputs or their derivatives are not finite floats")
+        raise ValueError(_TOO_LARGE)
     if not local:
         return Enclosure(z, adjoints, output, J)
     return Enclosure(z, adjoints, output, J, *_derivatives(block, z, theta, column), rigor.norm(point(v)))

@@ -27,6 +27,7 @@ from companion.mean_field.blocks import Block, check_fit, check_positive
 
 _ROUNDS = 60  # of Newton's iteration for the states; two or three are usual
 _MOST_STEPS = 10**7
+_MOST_NODES = 10**4  # of a rule, and points in depth
 
 
 # --- laws as weighted particles ---------------------------------------------------------------------------------------
@@ -49,9 +50,9 @@ def density_rule(
     Raises:
         ValueError: an empty interval, no node, or a density that is negative, not finite or zero at every node.
     """
+    if len(support) != 2 or not support[0] < support[1] or not 1 <= m <= _MOST_NODES:
+        raise ValueError(f"support and m are {support}, {m}; (a, b), a < b, and 1 <= m <= {_MOST_NODES} are needed")
     a, b = support
-    if not (math.isfinite(a) and math.isfinite(b) and a < b) or m < 1:
-        raise ValueError(f"support and m are {support}, {m}; a finite interval with a < b and m >= 1 are needed")
     nodes, weights = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(m))
     nodes = a + (b - a) * (nodes + 1) / 2
     values = density(nodes)
@@ -72,7 +73,7 @@ def normal_rule(dims: int, order: int) -> tuple[Float[Tensor, "M k"], Float[Tens
     Returns:
         Particles ``(u, omega)`` ``(order ** dims, 1 + dims)`` and weights summing to 1.
     """
-    if dims < 1 or order < 1 or order**dims > 10**7:
+    if not 1 <= dims <= 32 or not 1 <= order <= _MOST_NODES or order**dims > 10**7:
         raise ValueError(f"dims and order are {dims} and {order}; positive numbers with order^dims <= 10^7 are needed")
     x, w = (torch.from_numpy(v) for v in np.polynomial.hermite_e.hermegauss(order))
     omega = torch.cartesian_prod(*[x] * dims).reshape(-1, dims)
@@ -99,8 +100,8 @@ class Depth:
     @staticmethod
     def chebyshev(D: int, like: Tensor | None = None) -> Depth:
         """The rule with D points, on the device of `like`."""
-        if D < 2:
-            raise ValueError(f"depth is {D}; at least 2 points are needed")
+        if not 2 <= D <= _MOST_NODES:
+            raise ValueError(f"depth is {D}; at least 2 points are needed, and at most {_MOST_NODES}")
         x = -np.cos(np.pi * np.arange(D) / (D - 1))
         x[np.abs(x) < 1e-15] = 0.0
         series = np.eye(D)
@@ -152,7 +153,7 @@ class Depth:
             Z, last = Z + _collocate(self.Q, J, defect), size
             if not math.isfinite(size):
                 break
-        raise ValueError(f"depth has {len(self.t)} points, too few for this field; the states do not settle")
+        raise ValueError(f"depth has {len(self.t)} points, too few for this field, or X, y or v are too large")
 
     def adjoint(self, J: Float[Tensor, "D n d d"], last: Float[Tensor, "n d"]) -> Float[Tensor, "D n d"]:
         """Solve ``P(t_j) = P(1) + int_{t_j}^1 J^T P dt`` in the same points."""

@@ -17,7 +17,6 @@ from companion import rigor
 from companion.arguments import checked
 from companion.certificate import Assumption, Certificate, assumed
 from companion.mean_field.blocks import BallBump, Block, check_fit
-from companion.runs import count
 
 # --- what the flow is made of -----------------------------------------------------------------------------------------
 
@@ -72,7 +71,8 @@ def first_variation_sup(
         raise TypeError(f"block is {type(block).__name__}; the supremum has this form for BallBump alone")
     if block.d > 3:
         raise ValueError(f"block has d = {block.d}; a grid of centres needs d <= 3")
-    count("points", points, 2)
+    if not 2 <= points <= 10**4 or points**block.d > 10**8:
+        raise ValueError(f"points is {points}; at least 2, and at most 10^8 in all of the grid, are needed")
     check_fit(block, z.new_zeros(1, block.k), z[0], p=p)
     axis = torch.linspace(-1, 1, points, dtype=z.dtype, device=z.device)
     c = torch.cartesian_prod(*[axis] * block.d).reshape(-1, block.d)

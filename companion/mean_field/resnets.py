@@ -78,7 +78,8 @@ def init_particles(
         TypeError, ValueError: a number below 1, or another name for `depth`.
     """
     for name, value in (("L", L), ("M", M), ("S", S)):
-        runs.count(name, value, 1)
+        if not 1 <= value <= 2**40:
+            raise ValueError(f"{name} is {value}; an integer >= 1 is needed, and at most 2^40")
     theta = torch.empty(S, L, M, block.k, dtype=dtype, device=device or "cpu")
     for network in theta:
         network.copy_(block.draw((M,) if depth == "constant" else (L, M), generator))
@@ -176,17 +177,22 @@ def rescaled_gradient(
     w = check_fit(block, theta, X, weights, y=y, v=v)
     _check_task(X, y, v)
     step = _Gradient(block, tuple(theta.shape), X, y, v, w)
-    if out is not None and not (isinstance(out, Tensor) and out.shape == theta.shape and out.dtype == theta.dtype):
-        found = f"{tuple(out.shape)} {out.dtype}" if isinstance(out, Tensor) else type(out).__name__
-        raise ValueError(f"out is {found}; a tensor {tuple(theta.shape)} {theta.dtype} is needed")
-    if out is not None and out.device != theta.device:
-        raise ValueError(f"out is on {out.device}, theta on {theta.device}; make them equal")
+    if out is not None:
+        _check_memory(out, theta)
     G = torch.empty_like(theta) if out is None else out
     E = theta.new_empty(len(theta))
     for members in step.members(len(theta)):
         rms = step(theta[members], G[members])
         E[members] = 0.5 * rms.square()
     return E, G
+
+
+def _check_memory(out: Any, theta: Tensor) -> None:
+    if not isinstance(out, Tensor) or out.layout != torch.strided or out.requires_grad:
+        raise TypeError(f"out is {type(out).__name__}; a dense tensor without a gradient is needed")
+    if (out.shape, out.dtype, out.device) != (theta.shape, theta.dtype, theta.device):
+        found = f"{tuple(out.shape)} {out.dtype} on {out.device}"
+        raise ValueError(f"out is {found}; {tuple(theta.shape)} {theta.dtype} on {theta.device} is needed")
 
 
 class _Gradient:
@@ -312,6 +318,7 @@ def train(
     w = check_fit(block, theta, X, weights, y=y, v=v)
     _check_task(X, y, v)
     check_positive("step", step)
+    step = float(step)
     gradient = _Gradient(block, tuple(theta.shape), X, y, v, w, chunk)
     config = {"X": X, "y": y, "v": v, "weights": w, "step": step, "chunk": gradient.chunk}
     config["block"] = [

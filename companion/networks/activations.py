@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from companion.arguments import checked
+
 
 @dataclass(frozen=True)
 class Activation:
@@ -92,6 +94,7 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
+@checked
 def activation(name: str | Activation) -> Activation:
     """Look up an activation by name; an `Activation` is returned as it is.
 

@@ -284,7 +284,7 @@ BEYOND_NTK: dict[str, Folder] = {
     "beyond_ntk.cka": lambda: given(K=KERNEL, G=KERNEL + 1),
     "beyond_ntk.comparator_bound": lambda: _regression() | given(t=5, loss="squared", step=0.01, comparators=[V_0 + 1]),
     "beyond_ntk.conv_resnet": lambda: given(
-        image=(1, 4, 4), channels=(2, 2), wide=5, classes=2, dropout=0.1, generator=seed()),
+        image=(1, 4, 4), channels=(2, 2), wide=5, classes=2, generator=seed()),
     "beyond_ntk.cross_entropy_bound": lambda: given(sigma_N=1.0, N=5, K=3, t=5, step=0.01, V0_norm=0.0),
     "beyond_ntk.curvature": lambda: given(M=FEATURES, loss="squared"),
     "beyond_ntk.duplicate_floor": lambda: given(groups=LABELS, Y=Y_2, loss="squared"),
@@ -294,7 +294,7 @@ BEYOND_NTK: dict[str, Folder] = {
     "beyond_ntk.last_layer_features": lambda: _last() | given(X=X, batch=4),
     "beyond_ntk.last_weights": lambda: given(last=model()[-1]),
     "beyond_ntk.linear_rate": lambda: given(sigma_N=1.0, N=5, step=0.01, mu=0.0),
-    "beyond_ntk.mlp": lambda: given(widths=[3, 4, 2], dropout=0.1, generator=seed()),
+    "beyond_ntk.mlp": lambda: given(widths=[3, 4, 2], generator=seed()),
     "beyond_ntk.phase2_gd": lambda: _regression() | given(loss="squared", steps=5, step=0.01, every=2, progress=False),
     "beyond_ntk.phase2_lbfgs": lambda: _regression() | given(loss="squared", ridge=0.0, steps=5),
     "beyond_ntk.phase2_nesterov": lambda: _regression() | given(loss="squared", steps=5, progress=False),

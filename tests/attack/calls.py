@@ -289,6 +289,16 @@ def baselines_that_fail() -> Iterator[str]:
                 yield f"{name}: {kind} {what}"
 
 
-STILL_RAW: set[str] = set()
+# functions in which a wrong argument was seen to meet an error from inside; none of them is in the slice of make test
+STILL_RAW = {
+    "basins.certify_strict_minimum#measured", "basins.exit_times", "basins.split_neuron", "beyond_ntk.tie",
+    "certificate.compare", "certificate.plain", "certificate.show", "data.equal_pairs", "data.load_idx",
+    "descent.default_chunk", "descent.train", "kernels.ntk_gram", "lab.stored", "lab.sweep",
+    "mean_field.certify_zero_loss", "mean_field.density_rule", "mean_field.fv_flow", "mean_field.limit_flow",
+    "mean_field.train", "networks.activation", "networks.as_ensemble", "networks.check_weights",
+    "networks.features", "networks.forward", "networks.gradients", "networks.inputs", "rigor.cat", "rigor.gamma",
+    "rigor.gram", "rigor.norm", "rigor.null_space", "rigor.round_down", "rigor.round_up", "rigor.spectral_norm",
+    "rigor.stack", "width_bounds.train",
+}  # fmt: skip
 DRAW = Draw()
 CHECKS = {"call": Check(DRAW, see_call)}

@@ -169,7 +169,7 @@ def see_network(tally: Tally, names: list[str], seed: int, scale: float, X: Tens
     with setting(flush):
         try:
             found = rigor.enclose(model, X)
-        except rigor.NoEnclosure:
+        except networks.NoEnclosure:
             return tally.see("enclose", True, False)
     precision(400)
     out = balls(X.double()) + fmpq(0)

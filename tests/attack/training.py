@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -215,7 +216,7 @@ def draw_counting(rng: np.random.Generator) -> Arguments | None:
         S, N, generator=g, dtype=torch.float64
     )
     largest = float((X @ X.T).diagonal().sum())
-    step = float(rng.choice([0.1, 0.5, 0.9, 0.999, 1.5])) / largest if largest > 0 else 1.0
+    step = float(rng.choice([0.1, 0.5, 0.9, 0.999, 1.5])) / largest if 0 < largest < math.inf else 1.0
     return {
         "X": X, "y": y, "W": W, "signs": signs, "step": step, "reference": str(rng.choice(["gate", "midpoint"])),
         "later": bool(rng.random() < 0.25), "tight": bool(rng.random() < 0.3), "dtype": str(rng.choice(DTYPES)),
@@ -246,7 +247,8 @@ def see_counting(
 def step_at_edge(X: Tensor, W: Tensor, step: float) -> float:
     """``1 / lambda_max(G_0)`` of the first network as floats have it: half of the times it is too large."""
     gates = (X @ W[0] > 0).double()
-    top = float(torch.linalg.eigvalsh((X @ X.T) * (gates @ gates.T) / W.shape[2])[-1])
+    gram = (X @ X.T) * (gates @ gates.T) / W.shape[2]
+    top = float(torch.linalg.eigvalsh(gram)[-1]) if bool(torch.isfinite(gram).all()) else 0.0
     return 1 / top if top > 0 else step
 
 

@@ -25,8 +25,8 @@ def test_the_table_of_bounds():
         "sigmoid": (1, 1 / 4, 3**0.5 / 18, 1 / 8),
         "gauss": (1, math.exp(-0.5), 1, math.sqrt(t) * (3 - t) * math.exp(-t / 2)),
     }
-    assert critical_points.BOUNDS.keys() == exact.keys()
-    for act, bounds in critical_points.BOUNDS.items():
+    assert critical_points._BOUNDS.keys() == exact.keys()
+    for act, bounds in critical_points._BOUNDS.items():
         for b, least in zip(bounds, exact[act], strict=True):
             assert least <= b <= least * (1 + 2e-4)
 
@@ -41,7 +41,7 @@ def test_the_bound_is_the_formula(act):
         for s in range(3):
             v, m = V[s, :, 0].tolist(), 3
             top = max(float(x @ w) + r * float(x.norm()) for x in X for w in W[s].T)
-            b = [math.exp(top)] * 4 if act == "exp" else critical_points.BOUNDS[act]
+            b = [math.exp(top)] * 4 if act == "exp" else critical_points._BOUNDS[act]
             size, largest, M = math.hypot(*v) + r, max(map(abs, v)) + r, 0.0
             for x, e in zip(X, k_residual(W[s], V[s], X, Y, act), strict=True):
                 x = float(x.norm())

@@ -20,12 +20,12 @@ F64 = torch.float64
 @settings(max_examples=30)
 def test_exact_jets_are_the_activations(k, b):
     angle = (Fraction(3, 5), Fraction(4, 5))
-    for act in exact.EXACT_ACTIVATIONS:
+    for act in exact._ACTIVATIONS:
         base, u = (angle, math.atan2(4, 3)) if act == "sin" else (Fraction(b, 3), math.log(b / 3))
         if base == 1:
             continue
         z, sigma = torch.tensor(k * u, dtype=F64), networks.activation(act)
-        jet = exact.exact_jet(act, base, k)
+        jet = exact._jet(act, base, k)
         for stored, close in zip(jet, (sigma.value(z), sigma.derivative(z), sigma.second(z)), strict=True):
             assert float(stored) == pytest.approx(float(close), rel=1e-9, abs=1e-12)
 

@@ -49,7 +49,7 @@ def test_kinks_and_jumps_have_no_hessian_certificate(act, level):
         (lambda w, X, Y: basins.train_lm_newton(w, X, Y, "tanh", iters=0), ValueError, "iters"),
         (lambda w, X, Y: basins.certify_no_basin(0, 1, "tanh"), ValueError, "at least one sample"),
         (lambda w, X, Y: basins.certify_no_basin(4, 1, "tanh", "hinge"), ValueError, "loss is 'hinge'"),
-        (lambda w, X, Y: basins.certify_no_basin(5, 1, "tanh", X=X), ValueError, "one row a sample"),
+        (lambda w, X, Y: basins.certify_no_basin(5, 1, "tanh", X=X), ValueError, "N is 5, X has shape"),
         (lambda w, X, Y: basins.certify_no_basin(4, 1, "tanh", X=X.float()), TypeError, "X has dtype torch.float32"),
         (lambda w, X, Y: basins.descent_road(w, X, Y, "tanh"), ValueError, "m is 3, below q = 4"),
         (
@@ -83,6 +83,20 @@ def test_kinks_and_jumps_have_no_hessian_certificate(act, level):
         (lambda w, X, Y: basins.certify_strict_minimum(w, X, Y.to_sparse(), "tanh"), TypeError, "a dense tensor"),
         (lambda w, X, Y: basins.touching_points(0 * X, 1, "tanh", 1, torch.Generator()), ValueError, "not all zero"),
         (lambda w, X, Y: basins.dual_function(Y[:, 0], X.float(), "tanh", w[0]), TypeError, "X has dtype"),
+        (lambda w, X, Y: basins.split_neuron([w[0], w[1] > 0], 0, (0.5, 0.5)), TypeError, r"weights\[1\] has dtype"),
+        (
+            lambda w, X, Y: basins.certify_strict_minimum(w, X, Y, "tanh", competitor=[w[1], w[0]]),
+            ValueError,
+            "competitor: weights",
+        ),
+        (
+            lambda w, X, Y: basins.exit_times(
+                w, X, Y, "tanh", 1.0, level=0.1, generator=torch.Generator(), step=1e-320
+            ),
+            ValueError,
+            "at most 10",
+        ),
+        (lambda w, X, Y: basins.exact_bad_minimum("tanh", (1,), (), 2), ValueError, "x holds 0 inputs"),
         (lambda w, X, Y: basins.exit_time_of_e1(0.0), ValueError, "T > 0"),
         (lambda w, X, Y: langevin.mean_exit_time(lambda x, y: x + y, 1.0, (0, 1, 0, 1), -9.0), ValueError, "raise it"),
         (lambda w, X, Y: basins.eyring_kramers(-torch.eye(2), torch.eye(2), 1.0, 1.0), ValueError, "one negative"),

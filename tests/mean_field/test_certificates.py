@@ -174,6 +174,8 @@ def test_order_on_the_line_is_warned_of_with_floor_and_ratio():
         ({"theta": torch.zeros(1, 1, 2, 3, 3, dtype=F64)}, ValueError, r"\(S, L, M, k\) is needed"),
         ({"y": LINE[:3, 0]}, ValueError, r"y has shape \(3,\); \(n,\) with n = 4, as in X"),
         ({"X": 1e200 * LINE, "block": mf.Linear(1), "theta": torch.ones(2, 3, 1, dtype=F64)}, ValueError, "too large"),
+        ({"v": 1e200 * ONE, "theta": torch.ones(2, 3, 3, dtype=F64), "level": "certified"}, ValueError, "too large"),
+        ({"v": 1e200 * ONE, "theta": torch.ones(2, 3, 3, dtype=F64)}, ValueError, "too large"),
         ({"level": "exact"}, ValueError, "'measured' or 'certified'"),
         ({"constants": "best"}, ValueError, "'uniform' or 'local'"),
         (

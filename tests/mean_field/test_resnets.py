@@ -266,7 +266,7 @@ NAN = float64([[math.nan, 0.0]])
         (
             lambda: resnets.rescaled_gradient(B, THETA, X4, Y4, V, out=THETA[0]),
             ValueError,
-            r"out is \(2, 3, 5\) torch.float64; a tensor \(1, 2, 3, 5\)",
+            r"out is \(2, 3, 5\) torch.float64 on cpu; \(1, 2, 3, 5\)",
         ),
         (lambda: resnets.train(B, THETA, X4, Y4, V, 0.0, 3), ValueError, "step is 0.0; a positive finite number"),
         (lambda: resnets.train(B, THETA, X4, Y4, V, True, 3), TypeError, "step is True"),

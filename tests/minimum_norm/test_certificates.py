@@ -429,18 +429,49 @@ def test_the_distance_to_the_solution_is_enclosed(seed):
     p = gates.Problem.of(X, y[None], W0, a, torch.ones(1).double(), "certified")
     known = gates.solve_kernel(p, p.smallest(p.gram))
     here = gates.enclosed_distance(p, a, W, known.alpha)
-    true = next(iter(_distances(X, y, W0[0], a[0], W[0])))
+    true = _distances(X, y, W0[0], a[0], W[0])
     low, high = gates.lower(here - known.spread), gates.upper(here + known.spread)
     assert mpmath.mpf(float(low)) <= true["here"] <= mpmath.mpf(float(high))
     assert float(high - low) < 1e-9
     assert mpmath.mpf(float(gates.lower(known.norm))) <= true["alpha"] * (1 + mpmath.mpf(10) ** -12)
     assert true["alpha"] <= mpmath.mpf(float(gates.upper(known.norm)))
-    # a wrong alpha: what is left says how wrong
-    worse = known.alpha + 0.01
-    left = rigor.norm(p.e - (p.gram * worse[:, None, :]).sum(-1)) / rigor.formulas.sqrt(p.number(p.smallest(p.gram)))
-    here = gates.enclosed_distance(p, a, W, worse)
-    assert mpmath.mpf(float(gates.lower(here - left))) <= true["here"] <= mpmath.mpf(float(gates.upper(here + left)))
-    assert float(left.hi) < 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_pull_of_large_opposite_alphas_is_enclosed(seed):
+    X, y, W0, a = wide_layer(seed, N=2, d=2, m=16, kappa=10.0)
+    X[1] = X[0] * (1 + 1e-9)
+    p = gates.Problem.of(X, y[None], W0, a, torch.ones(1).double(), "certified")
+    alpha = torch.tensor([[1e8, -1e8 / (1 + 1e-9)]], dtype=torch.float64)  # J_0^T alpha is what rounding leaves
+    here = gates.enclosed_distance(p, a, W0, alpha)
+    pulled = [sum((Fraction(float(c)) * Fraction(float(x[k])) for c, x in zip(alpha[0], X, strict=True)), Fraction(0))
+              for k in range(2)]  # fmt: skip
+    both = sum(exact_dot(X[0], W0[0, :, r]) > 0 for r in range(16))
+    square = sum(v**2 for v in pulled) * both / 16
+    assert both == sum(exact_dot(X[1], W0[0, :, r]) > 0 for r in range(16)) > 0
+    assert Fraction(max(0.0, float(here.lo))) ** 2 <= square <= Fraction(float(here.hi)) ** 2
+    assert float(here.hi) < 1e-6
+
+
+@pytest.mark.parametrize("error", [0.0, 1e-3, -1e-3])
+def test_a_poor_guess_of_alpha_only_widens_the_enclosures(monkeypatch, error):
+    X, y, W0, a = wide_layer(1, N=2, d=2, m=16, kappa=10.0)
+    W, solve = W0 + 0.1 * gaussian(1, 2, 16, seed=1), torch.linalg.solve_ex
+    monkeypatch.setattr(torch.linalg, "solve_ex", lambda A, b: (solve(A, b)[0] * (1 + error), None))
+    p = gates.Problem.of(X, y[None], W0, a, torch.ones(1).double(), "certified")
+    known = gates.solve_kernel(p, p.smallest(p.gram))
+    true, trivial = (_distances(X, y, W0[0], a[0], V[0]) for V in (W, W0))
+    assert (
+        float(gates.lower(known.length - known.spread))
+        <= trivial["here"]
+        <= float(gates.upper(known.length + known.spread))
+    )
+    assert true["alpha"] <= float(gates.upper(known.norm))
+    assert float(known.spread.hi) < 10 * abs(error) * trivial["here"] + 1e-12
+    c = mn.certify_after(X, y, W0, a, W, step=0.01, level="certified")
+    assert true["here"] <= c.quantities["here"] < true["here"] + 20 * abs(error) * trivial["here"] + 1e-9
+    c = mn.certify(X, y, W0, a, step=0.01, level="certified")
+    assert trivial["here"] * (1 - 20 * abs(error)) - 1e-9 < c.quantities["trivial"] <= trivial["here"]
 
 
 def _distances(X, y, W0, a, W):
@@ -459,7 +490,7 @@ def _distances(X, y, W0, a, W):
     alpha = [(g[1][1] * e[0] - g[0][1] * e[1]) / det, (g[0][0] * e[1] - g[0][1] * e[0]) / det]
     star = [v + sum(c * row[k] for c, row in zip(alpha, rows, strict=True)) for k, v in enumerate(w0)]
     root = lambda t: mpmath.sqrt(mpmath.mpf(t.numerator) / t.denominator)  # noqa: E731
-    yield {
+    return {
         "here": root(sum((p - q) ** 2 for p, q in zip(w, star, strict=True))),
         "alpha": root(sum(c**2 for c in alpha)),
     }

@@ -18,6 +18,7 @@ from torch import Tensor
 from companion import rigor
 from companion.rigor import Interval
 from companion.rigor.formulas import number, sqrt
+from companion.rigor.rounding import LARGEST
 from companion.runs import count
 
 # --- constants --------------------------------------------------------------------------------------------------------
@@ -251,7 +252,7 @@ def check_fit(
 
 def check_positive(name: str, value: float) -> None:
     """Refuse a number that is not positive and finite."""
-    if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+    if not (isinstance(value, int | float) and 0 < value <= LARGEST):
         raise ValueError(f"{name} is {value!r}; a positive finite number is needed")
 
 
