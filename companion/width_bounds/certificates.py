@@ -39,6 +39,7 @@ from companion.width_bounds.fixed_points import (
 )
 
 _UNDECIDED = "undecided: the radii are too close to the edge of feasibility, or their squares leave float64"
+_UNRESOLVED = "sigma_min_unresolved: no positive lower bound on the smallest singular value was found"
 _DESCENT = "full-batch gradient descent in exact arithmetic, no biases"
 
 
@@ -149,8 +150,7 @@ def _certify_one(X: Tensor, Y: Tensor, one: list[Tensor], ask: _Asked, rows: lis
     rows = [*_resolved(rows, alpha_0, ask.level), compare("α₀ = σ_N(F_{L-1})", alpha_0, ">", 0.0, ask.level)]
     facts = {"alpha_0": alpha_0, "R_0": float(s.R_0), "phi": float(s.phi[-1])}
     if not rows[-1].holds:
-        reason = "sigma_min_unresolved: no positive lower bound on the smallest singular value was found"
-        return Certificate("Theorem C", False, tuple(rows), facts, reason + _dependent(X, Y, one))
+        return Certificate("Theorem C", False, tuple(rows), facts, _UNRESOLVED + _dependent(X, Y, one))
     epsilon = _share(s, ask)
     proof = _prove(s, epsilon)
     if proof is None:
@@ -361,7 +361,9 @@ def _paper_one(s: Spectra, C: list[float], level: str, rows: list[Assumption], N
     quantities = {"alpha_0": alpha_0, "R_0": float(s.R_0)}
     if level == "measured" and math.isfinite(necessary):
         quantities["necessary"] = necessary
-    if not rows[-1].holds or not all(C):  # optimal radii that do not exist come back as zeros
+    if not rows[-1].holds:
+        return Certificate("Theorem P", False, tuple(rows), quantities, _UNRESOLVED)
+    if not all(C):  # optimal radii that do not exist come back as zeros
         rows += [Assumption("(i) is satisfied by some radii", False, "is", True, level, False), assumed(_DESCENT)]
         return Certificate("Theorem P", False, tuple(rows), quantities, "no_radii: no C satisfies condition (i)")
     w, radii = ([Fraction(x) for x in part] for part in (s.w.tolist(), C))

@@ -1,6 +1,7 @@
 """Certificates of Theorems P and C: what they promise, what runs do then, and what they refuse."""
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import oracles
@@ -50,7 +51,7 @@ def test_handy_form_of_corollary_d(envelope_net):
 def test_the_certificate_lists_what_was_promised(envelope_net):
     cert = wb.certify(*envelope_net)
     assert cert.holds
-    assert cert.status == "measured"
+    assert {a.status for a in cert.assumptions} == {"measured", "exact", "assumed"}
     assert {"alpha", "rho", "max_step", "radii"} <= set(cert.quantities)
     assert 7.0 < cert.quantities["alpha_0"] ** 2 / cert.quantities["R_0"] < 40
 
@@ -140,6 +141,8 @@ def test_radii_a_little_too_small_are_refused():
     assert certificates._in_fractions(s, [0.9, 0.9], 0.25) is None  # rho < 0
     assert certificates._in_fractions(s, [0.0, 2.0], 0.25) is None  # rho < 0 < alpha
     assert certificates._in_fractions(s, [2.0, 0.0], 0.25) is None  # alpha < 0 < rho
+    still = replace(s, w=float64(0.0, 2.0), R_0=0 * one)
+    assert certificates._in_fractions(still, [0.0, 0.0], 0.25) is None  # rho < 0, and no residual
 
 
 def test_the_feature_enclosure_contains_exact_arithmetic():
@@ -292,6 +295,9 @@ def test_dependent_features_are_named(level):
     assert cert.reason.startswith("sigma_min_unresolved")
     assert "rows 0 and 1 of F_1 are, to rounding, positively parallel" in cert.reason
     assert cert.quantities["alpha_0"] == 0
+    for radii in (None, [1.0, 1.0, 1.0]):
+        paper = wb.certify_paper(X, data.signs(4, seeded(2)), narrow, radii, level=level)
+        assert paper.reason.startswith("sigma_min_unresolved")
     X, Y = data.sphere(12, 12, seeded(4)), data.signs(12, seeded(54))
     schemes = ["gaussian", "lecun", "lecun"]
     weights = networks.init_mlp((12, 3, 2000, 1), scheme=schemes, zero_last=True, generator=4)
@@ -382,6 +388,8 @@ def test_reasons():
     assert found.reason.startswith("dependent_antipodal_pairs")
     assert "(0, 3)" in found.reason
     assert not wb.certify_paper(pairs, Y[:6], small).holds
+    deep = networks.init_mlp((2, 50, 50, 1), scheme="gaussian", zero_last=True)
+    assert wb.certify(pairs, Y[:6], deep).assumptions[0].holds  # they need not stay dependent above F_1
 
 
 def test_the_hint_of_a_refusal_is_right():
@@ -469,6 +477,11 @@ def test_the_certificate_of_theorem_p_is_the_theorem_as_stated(level):
     assert cert.status == level
     assert cert.quantities["max_step"] == pytest.approx(step, rel=1e-9)
     assert cert.quantities["rate"] == pytest.approx(step * float(s.alpha_0) ** 2 / 8, rel=1e-9)
+    w, C = ([Fraction(x) for x in part] for part in (s.w.tolist(), radii))
+    exact = oracles.theorem_p(w, *(Fraction(float(x)) for x in (s.X_F, s.alpha_0, s.R_0)), C)[1]
+    assert Fraction(cert.quantities["max_step"]) < exact
+    assert Fraction(cert.quantities["rate"]) < exact * Fraction(float(s.alpha_0)) ** 2 / 8
+    assert wb.certify_paper(X, Y, weights, [0.5, 2.0], level=level).reason == "condition (i) fails"  # a ratio of 0.6
     necessary = 1 / (16 * 6 * float(s.w[1]) ** 2 / float(s.w[0]) ** 2)
     assert cert.quantities.get("necessary") == (pytest.approx(necessary) if level == "measured" else None)
 

@@ -65,6 +65,14 @@ def test_spectra_are_the_singular_values():
     assert wb.spectra(X, Y, [W[0][..., :2], W[1][:, :2], W[2]]).w.shape == (2, 3)
 
 
+def test_scaled_spectra_are_those_of_the_scaled_network():
+    X, Y, weights = relu_problem(5, 4, (4, 6, 9, 1), 3)
+    found = wb.spectra(X, Y, weights).scaled(8.0)
+    expected = wb.spectra(X, Y, [weights[0], 8 * weights[1], weights[2]])
+    for name in ("w", "phi", "alpha_0", "R_0", "X_F"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+
+
 def test_the_smallest_singular_value_keeps_its_digits():
     """Where the Gram matrix would lose them: 1e-5, 1e-9 and 1e-13 beside 1, known to 1e-16 of the norm."""
     U, V = torch.linalg.qr(gaussian(4, 4))[0], torch.linalg.qr(gaussian(9, 4, seed=1))[0]
@@ -243,6 +251,7 @@ def test_the_best_share():
     assert share == max(progress, key=progress.get)
     most = {e: 2 * e / float(wb.ball_fixed_point(won, epsilon=e).phi) ** 2 for e in progress}
     assert fixed_points.best_share(won, 0.9 * most[0.04]) == 0.04  # the smallest that allows the step
+    assert fixed_points.best_share(won, 1.0005 * most[0.04]) == 0.06
     assert fixed_points.best_share(won, 1.0) == max(most, key=most.get)  # none does: the largest step
 
 

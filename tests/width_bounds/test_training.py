@@ -9,6 +9,7 @@ from making import relu_problem
 
 from companion import data, descent, networks
 from companion import width_bounds as wb
+from companion.width_bounds import training
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.3])
@@ -114,6 +115,15 @@ def test_the_envelope_is_the_theorems_curve_rounded_up(level, fraction):
         exact = (1 - Fraction(step) * rho) ** count * q["R_0"]
         assert exact <= Fraction(value) <= exact * (1 + Fraction(1, 10**11)) + Fraction(1, 10**300)
     assert float(wb.envelope(cert, step, torch.tensor(10**9))) > 0  # below every float, and still a bound
+
+
+@pytest.mark.parametrize("m", [1, 3, 5, 7, 9, 11])
+def test_every_square_of_a_curve_is_rounded_up(m):
+    """``1 - eta rho`` is a float here, so that only the products are rounded."""
+    q = {"max_step": 1.0, "phi": 0.0, "alpha": 1.0, "B": 0.0, "R_0": 1.0}
+    value = training._curve(q, m / 4096, torch.tensor([1024, 4096]))
+    for found, k in zip(value.tolist(), (1024, 4096), strict=True):
+        assert (1 - Fraction(m, 4096)) ** k <= Fraction(found)
 
 
 def test_an_envelope_needs_counts():
