@@ -181,3 +181,4 @@ def test_audit_of_what_nobody_looked_at_shows_nothing():
         found = mf.audit(block)
         assert not found.holds
         assert found.reason == f"not checkable: {', '.join(HYPOTHESES)}"
+        assert not any(row.holds for row in found.assumptions[: len(HYPOTHESES)])
