@@ -97,8 +97,8 @@ def _accept(value: Any, hint: Any, wanted: _Wanted) -> Any:
     if hint in (int, float, bool, str):
         return _scalar(value, hint, wanted)
     if origin is typing.Literal:
-        if value not in typing.get_args(hint):
-            raise ValueError(f"{wanted.name} is {value!r}; {' or '.join(map(repr, typing.get_args(hint)))} is needed")
+        if not isinstance(value, str | int) or value not in typing.get_args(hint):
+            raise ValueError(f"{wanted.name} is {_found(value)}; {' or '.join(map(repr, typing.get_args(hint)))} is needed")
         return value
     if origin in (collections.abc.Sequence, list, tuple):
         hints = typing.get_args(hint)
@@ -151,7 +151,7 @@ def _scalar(value: Any, hint: type, wanted: _Wanted) -> Any:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} is {_found(value)}; {'a whole number' if hint is int else 'a number'} is needed")
     if hint is int:
-        if isinstance(value, float):
+        if not isinstance(value, numbers.Integral):
             raise TypeError(f"{name} is {value}; a whole number is needed")
         return operator.index(value)
     try:
