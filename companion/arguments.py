@@ -98,7 +98,9 @@ def _accept(value: Any, hint: Any, wanted: _Wanted) -> Any:
         return _scalar(value, hint, wanted)
     if origin is typing.Literal:
         if not isinstance(value, str | int) or value not in typing.get_args(hint):
-            raise ValueError(f"{wanted.name} is {_found(value)}; {' or '.join(map(repr, typing.get_args(hint)))} is needed")
+            raise ValueError(
+                f"{wanted.name} is {_found(value)}; {' or '.join(map(repr, typing.get_args(hint)))} is needed"
+            )
         return value
     if origin in (collections.abc.Sequence, list, tuple):
         hints = typing.get_args(hint)

@@ -28,7 +28,7 @@ class Softplus(nn.Module):
             raise ValueError(f"beta is {beta}; a positive finite number is needed")
         self.beta = float(beta)
 
-    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    def forward(self, x: Float[Tensor, ...]) -> Float[Tensor, ...]:
         """Apply the activation entry by entry."""
         return torch.logaddexp(self.beta * x, x.new_zeros(())) / self.beta
 
@@ -40,7 +40,7 @@ class Softplus(nn.Module):
 class Square(nn.Module):
     """``x -> x^2``: an activation that is analytic but a polynomial, for which width buys no rank."""
 
-    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    def forward(self, x: Float[Tensor, ...]) -> Float[Tensor, ...]:
         """Apply the activation entry by entry."""
         return x * x
 
@@ -48,7 +48,7 @@ class Square(nn.Module):
 class Sine(nn.Module):
     """``x -> sin(x)``, analytic and not a polynomial."""
 
-    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    def forward(self, x: Float[Tensor, ...]) -> Float[Tensor, ...]:
         """Apply the activation entry by entry."""
         return torch.sin(x)
 
@@ -65,6 +65,6 @@ class Residual(nn.Module):
         super().__init__()
         self.body, self.shortcut = body, shortcut
 
-    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    def forward(self, x: Float[Tensor, ...]) -> Float[Tensor, ...]:
         """Sum the two branches."""
         return self.body(x) + self.shortcut(x)
