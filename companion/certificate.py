@@ -97,6 +97,7 @@ _LONG = decimal.Context(prec=800)  # every float is a decimal of fewer digits
 _AT_MOST = ("max_", "largest_", "rate", "loss_lower", "floor", "distance_low", "lambda", "trivial")
 _AT_LEAST = (
     "min_", "width", "gap", "bound", "distance", "loss_upper", "perp", "parallel", "movement", "Q_star", "e_0", "here",
+    "E_0", "R_s", "ratio", "beta",
 )  # fmt: skip
 
 
@@ -217,7 +218,7 @@ class Certificate:
         rows = []
         for a in self.assumptions:
             found, needed = _compared(a)
-            mark = "assumed" if a.status == "assumed" else ("yes" if a.holds else "NOT SHOWN")
+            mark = "NOT SHOWN" if not a.holds else "assumed" if a.status == "assumed" else "yes"
             rows.append((a.name, found, needed, a.status, mark))
         return rows
 
