@@ -233,6 +233,15 @@ def test_losses_along_a_road_are_those_of_the_networks_on_it():
         assert float(losses[k]) == pytest.approx(0.5 * float((f - road.Y).square().sum()), rel=1e-10)
 
 
+def test_features_that_are_nearly_dependent_count():
+    """tanh of five scalars: a candidate's new part is a small fraction of it, and no thresholds help."""
+    X = torch.tensor([[1.0], [1.5], [2.0], [2.5], [3.0]], dtype=F64)
+    weights = [gaussian(1, 1, seed=1).repeat(1, 6), gaussian(6, 1, seed=2)]
+    road = basins.descent_road(weights, X, gaussian(5, 1, seed=3), "tanh")
+    assert road.q == 5
+    assert road.certificate(5).holds
+
+
 def test_inputs_of_zero_have_no_road():
     weights, X, Y = e1_at()
     with pytest.raises(ValueError, match="only features that are 0"):
