@@ -94,10 +94,22 @@ def _rounded(value: float, digits: int, side: str) -> str:
 _LONG = decimal.Context(prec=800)  # every float is a decimal of fewer digits
 
 
-_AT_MOST = ("max_", "largest_", "rate", "loss_lower", "floor", "distance_low", "lambda", "trivial")
+_AT_MOST = (
+    "max_",
+    "largest_R_0",
+    "rate",
+    "loss_lower",
+    "floor",
+    "distance_low",
+    "lambda",
+    "trivial",
+    "sigma_min",
+    "contraction",
+)
 _AT_LEAST = (
     "min_", "width", "gap", "bound", "distance", "loss_upper", "perp", "parallel", "movement", "Q_star", "e_0", "here",
-    "E_0", "R_s", "ratio", "beta",
+    "E_0", "R_s", "ratio", "beta", "sigma_max", "smoothness", "linear_rate", "start", "ridge_gap", "gradient_norm",
+    "largest_radius",
 )  # fmt: skip
 
 

@@ -341,7 +341,7 @@ def two_layer_threshold(epsilon: float = 0.25, mode: Literal["gd", "flow"] = "gd
 # --- Theorem P --------------------------------------------------------------------------------------------------------
 
 
-class _PaperAtRadii(NamedTuple):
+class PaperAtRadii(NamedTuple):
     """Theorem P at radii C: ``ratios`` (..., 3) are left over right sides of (i)-(iii), ``step`` the largest one."""
 
     C: Tensor
@@ -371,14 +371,14 @@ def theorem_p(w: list[Any], X_F: Any, alpha_0: Any, R_0: Any, C: list[Any]) -> t
     return sides, minimum(8 / alpha_0**2, hidden / (X_F * P[-1] * last * (hidden + last**-2)) ** 2)
 
 
-def paper_map(s: Spectra, C: Tensor) -> _PaperAtRadii:
+def paper_map(s: Spectra, C: Tensor) -> PaperAtRadii:
     """Evaluate Theorem P's three conditions and its step (`theorem_p`) at radii C of shape (..., L)."""
     sides, step = theorem_p(list(s.w.unbind(-1)), s.X_F, s.alpha_0, s.R_0, list(C.unbind(-1)))
     ratios = 1 / torch.stack(sides, -1)
-    return _PaperAtRadii(C, ratios, step, (ratios >= 1).all(-1))
+    return PaperAtRadii(C, ratios, step, (ratios >= 1).all(-1))
 
 
-def paper_fixed_point(s: Spectra) -> _PaperAtRadii:
+def paper_fixed_point(s: Spectra) -> PaperAtRadii:
     """Theorem P at its optimal radii: the smallest C with ``C_l >= 16 ||X||_F R_0 P_l(C) / alpha_0^2``.
 
     Conditions (ii) and (iii) only worsen as C grows, so that no other radii do better (lesson 1).  Where no radii
