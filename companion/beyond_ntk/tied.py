@@ -28,6 +28,12 @@ def tied_floor(Y: Float[Tensor, "N K"]) -> float:
     return float(torch.linalg.svdvals(Y - Y.mean(0))[1:].square().sum() / (2 * len(Y)))
 
 
+def _check_parts(model: nn.Module) -> None:
+    names = [name for name, _ in model.named_children()][-3:]
+    if names != ["wide", "wide_activation", "last"]:
+        raise ValueError(f"model ends in {names}; wide, wide_activation, last is needed")
+
+
 class TiedNet(nn.Module):
     """``q = m w sigma(A^T xi + a) + b``: the m equal wide neurons of a tied network as one of multiplicity m.
 
@@ -41,10 +47,8 @@ class TiedNet(nn.Module):
 
     def __init__(self, model: nn.Sequential) -> None:
         super().__init__()
+        _check_parts(model)
         parts = list(model.named_children())
-        names = [name for name, _ in parts]
-        if names[-3:] != ["wide", "wide_activation", "last"]:
-            raise ValueError(f"model ends in {names[-3:]}; wide, wide_activation, last is needed")
         self.m = model.wide.out_features
         self.lower = nn.Sequential(*(copy.deepcopy(part) for _, part in parts[:-3]))
         like = {"dtype": model.wide.weight.dtype, "device": model.wide.weight.device}
@@ -72,7 +76,11 @@ def tie(model: nn.Sequential) -> nn.Sequential:
 
     Returns:
         The tied copy, an ordinary network that floating point can untie.
+
+    Raises:
+        ValueError: the model has no such parts.
     """
+    _check_parts(model)
     twin = copy.deepcopy(model)
     with torch.no_grad():
         twin.wide.weight.copy_(twin.wide.weight[:1].expand_as(twin.wide.weight))

@@ -204,7 +204,7 @@ class _Gradient:
         self.block, self.X, self.y, self.v, self.w = block, X, y, v, w
         S, self.L, self.M, _ = shape
         self.chunk, self.keep = default_chunk(S, self.L, self.M, X)
-        self.chunk = min(chunk, S) if chunk else self.chunk
+        self.chunk = self.chunk if chunk is None else min(runs.count("chunk", chunk, 1), S)
         self.loops: dict[int, loops.Loop] = {}
 
     def members(self, S: int) -> list[slice]:

@@ -76,3 +76,5 @@ def test_tied_training_refuses():
         tied.tied_train(model, X, Y, lambda p: torch.optim.SGD(p, 0.1), -1)
     with pytest.raises(ValueError, match="wide, wide_activation, last is needed"):
         tied.TiedNet(nn.Sequential(nn.Linear(3, 2)))
+    with pytest.raises(ValueError, match="wide, wide_activation, last is needed"):
+        tied.tie(nn.Sequential(nn.Linear(3, 2)))

@@ -294,6 +294,12 @@ def test_bad_input(call, error, words):
         call()
 
 
+@pytest.mark.parametrize("chunk", [0, -1])
+def test_a_chunk_holds_at_least_one_network(chunk):
+    with pytest.raises(ValueError, match=f"chunk is {chunk}; an integer >= 1 is needed"):
+        resnets.train(B, THETA, X4, Y4, V, 0.1, 2, chunk=chunk)
+
+
 def test_equal_rows_with_equal_targets_are_accepted():
     assert resnets.clash(torch.cat([X4, X4[1:2]]), torch.cat([Y4, Y4[1:2]])) is None
     assert resnets.clash(torch.cat([0 * X4[:1], -0 * X4[:1]]), Y4[:2]) == (0, 1)
