@@ -607,7 +607,7 @@ Y, y = gaussian(10, 2, seed=1), labels(10, 2)
             r"y is torch.float64; loss 'cross_entropy' needs integer labels \(N,\)",
         ),
         (y, {"loss": "squared"}, TypeError, r"y is torch.int64; loss 'squared' needs floating-point targets \(N, K\)"),
-        (y > 0, {}, TypeError, "y is torch.bool; loss 'cross_entropy' needs integer labels"),
+        (y > 0, {}, TypeError, "y has dtype torch.bool; real numbers are needed"),
         (Y[:9], {}, ValueError, r"y has shape \(9, 2\); \(N, K\) with N = 10 is needed"),
         (Y[:, 0], {}, ValueError, r"y has shape \(10,\); \(N, K\) with N = 10 is needed; write y\[:, None\]"),
         (y[:, None], {}, ValueError, r"y has shape \(10, 1\); \(N,\) with N = 10 is needed; write y\[:, 0\]"),

@@ -80,7 +80,7 @@ class TestSite:
             for name in re.findall(r'class="sig sig-object py" id="([^"]+)"', page.read_text(encoding="utf8"))
         ]
         assert len(described) == len(set(described)) > 100
-        for module in api.modules("companion")[1:]:
+        for module in [module for module in api.modules("companion") if module.count(".") == 1]:
             for name in getattr(importlib.import_module(module), "__all__", ()):
                 elsewhere = [f"{inner}.{name}" for inner in api.modules(module)[1:]]
                 assert not set(elsewhere) & set(described)
